@@ -1,0 +1,161 @@
+"""Weights as people hold them, turned into request batches without a copy.
+
+A dict of NumPy arrays or torch tensors, a table, a batch, a reader or anything with ``__arrow_c_stream__`` becomes one
+stream of RecordBatches with the contract's columns. Neither torch nor ml_dtypes is imported: their arrays are
+recognised by what they are.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from flightquant.errors import InvalidRequestError
+
+_ARROW_VALUES = {
+    "float32": pa.float32(),
+    "float16": pa.float16(),
+    "float64": pa.float64(),
+    "bfloat16": pa.uint16(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One named tensor, ready for Arrow.
+
+    Attributes
+    ----------
+    data : ndarray of shape (n,)
+        The weights in row-major order: float32, float16 or float64, or uint16 with bfloat16's bits.
+    copied : int
+        Bytes that had to be copied to get there (0 unless the tensor was strided or of foreign byte order).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    data: npt.NDArray[Any]
+    copied: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return self.data.nbytes
+
+    def part(self, first: int, last: int) -> Layer:
+        """The rows from ``first`` up to ``last`` of the first axis, sharing memory."""
+        width = self.data.size // self.shape[0]
+        return Layer(self.name, (last - first, *self.shape[1:]), self.dtype, self.data[first * width : last * width])
+
+
+def as_layer(name: str, tensor: Any) -> Layer:
+    """A NumPy array, torch tensor, ml_dtypes array or pyarrow array as a layer; memory is shared where it can be.
+
+    Raises
+    ------
+    InvalidRequestError
+        The name is no text, or the values are not float32, float16, bfloat16 or float64.
+    """
+    if not isinstance(name, str):
+        raise InvalidRequestError(f"a layer's name is {name!r}; expected text", field="layer_name", got=repr(name))
+    if isinstance(tensor, Layer):
+        return tensor
+    if type(tensor).__module__.split(".")[0] == "torch":
+        array, dtype = _from_torch(tensor)
+    else:
+        array = tensor.to_numpy(zero_copy_only=True) if isinstance(tensor, pa.Array) else np.asarray(tensor)
+        dtype = array.dtype.name
+    if dtype not in _ARROW_VALUES:
+        raise InvalidRequestError(
+            f'layer "{name}" has dtype {dtype}; expected {", ".join(_ARROW_VALUES)}',
+            field="weights",
+            got=dtype,
+            expected=tuple(_ARROW_VALUES),
+        )
+    flat = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    copied = 0 if np.may_share_memory(flat, array) else flat.nbytes
+    if dtype == "bfloat16":
+        flat = flat.view(np.uint16)
+    return Layer(name, tuple(map(int, array.shape)), dtype, flat.reshape(-1), copied)
+
+
+def _from_torch(tensor: Any) -> tuple[npt.NDArray[Any], str]:
+    """A torch tensor's memory as an array, and its dtype; bfloat16, which NumPy lacks, as a view of its bits."""
+    held = tensor.detach().cpu()
+    dtype = str(held.dtype).removeprefix("torch.")
+    if dtype == "bfloat16":
+        bits: npt.NDArray[Any] = held.view(sys.modules["torch"].int16).numpy()
+        return bits.view(np.uint16), dtype
+    return held.numpy(), dtype
+
+
+def weights_field(dtype: str, *, large: bool = False) -> pa.Field:
+    """The ``weights`` field of the contract for one dtype; ``large`` allows more than 2^31 - 1 weights in a batch."""
+    values = pa.field("item", _ARROW_VALUES[dtype], nullable=False)
+    kind = pa.large_list(values) if large else pa.list_(values)
+    return pa.field("weights", kind, metadata={"dtype": dtype})
+
+
+def layers_batch(layers: Sequence[Layer], row_offsets: Sequence[int | None] | None = None) -> pa.RecordBatch:
+    """One request batch of layers that share a dtype; a single layer is borrowed, several are joined (one copy).
+
+    Parameters
+    ----------
+    row_offsets : sequence, optional
+        For layers sent in parts: where each part starts on the first axis.
+    """
+    dtype = layers[0].dtype
+    sizes = np.array([layer.data.size for layer in layers], dtype=np.int64)
+    data = layers[0].data if len(layers) == 1 else np.concatenate([layer.data for layer in layers])
+    large = data.size > np.iinfo(np.int32).max
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+    field = weights_field(dtype, large=large)
+    values = pa.array(data, type=_ARROW_VALUES[dtype]) if data.size else pa.array([], type=_ARROW_VALUES[dtype])
+    array_type = pa.LargeListArray if large else pa.ListArray
+    offset_type = pa.int64() if large else pa.int32()
+    weights = array_type.from_arrays(pa.array(offsets, type=offset_type), values, type=field.type)
+    columns = [pa.array([layer.name for layer in layers], pa.utf8()), weights]
+    fields = [pa.field("layer_name", pa.utf8()), field]
+    columns.append(pa.array([list(layer.shape) for layer in layers], pa.list_(pa.int64())))
+    fields.append(pa.field("shape", pa.list_(pa.int64())))
+    if row_offsets is not None:
+        columns.append(pa.array(list(row_offsets), pa.int64()))
+        fields.append(pa.field("row_offset", pa.int64()))
+    return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
+
+
+def named_layers(weights: Mapping[str, Any]) -> Iterator[Layer]:
+    """The layers of a mapping, in its order."""
+    for name, tensor in weights.items():
+        yield as_layer(name, tensor)
+
+
+def as_reader(weights: Any) -> pa.RecordBatchReader:
+    """A table, batch, reader or any object with ``__arrow_c_stream__`` as one stream of request batches.
+
+    Raises
+    ------
+    InvalidRequestError
+        It is none of these.
+    """
+    if isinstance(weights, pa.RecordBatch):
+        return pa.RecordBatchReader.from_batches(weights.schema, [weights])
+    if isinstance(weights, pa.Table):
+        return weights.to_reader()
+    if isinstance(weights, pa.RecordBatchReader):
+        return weights
+    if hasattr(weights, "__arrow_c_stream__"):
+        return pa.RecordBatchReader.from_stream(weights)
+    raise InvalidRequestError(
+        f"weights is a {type(weights).__name__}; expected a mapping of names to arrays, a pyarrow Table, RecordBatch "
+        "or reader, or an object with __arrow_c_stream__",
+        field="weights",
+        got=type(weights).__name__,
+    )

@@ -1,0 +1,96 @@
+"""The quality columns: signal-to-noise ratio, cosine and largest error of dequantized against given weights.
+
+Sums are made in an order that depends on the layer's shape alone, so that they are the same bits on every instruction
+set and for every number of threads: 16 float32 lanes over a *span* of at most 2048 weights, lanes added in float64 in
+their order, spans added up to a *tile* of about 65536 weights, tiles added up to the layer. A span never crosses a
+group or row (a *unit*) that is longer than it, nor one that is no multiple of 32 weights.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from flightquant.reference.numeric import F32
+
+SPAN = 2048
+TILE = 65536
+LANES = 16
+# Squares of float32 lanes are trusted while their sum stays in this range; else the span is summed in float64.
+SUM_LOW, SUM_HIGH = 2.0**-80, 2.0**100
+
+Sums = npt.NDArray[np.float64]
+
+
+def _joins_units(unit: int) -> bool:
+    """Whether a span may hold several units: whole vectors and, packed at any bit width, whole 32-bit words."""
+    return unit <= SPAN and unit % 32 == 0
+
+
+def bounds(n: int, unit: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
+    """The tiles of a layer of ``n`` weights made of units (groups or rows), each as (begin, end, spans)."""
+    tiles = []
+    tile = TILE // unit * unit if unit <= TILE else TILE
+    span = SPAN // unit * unit if _joins_units(unit) else min(unit, SPAN)
+    begin = 0
+    while begin < n:
+        end = min(begin + tile, n if unit <= TILE else begin - begin % unit + unit)
+        spans = []
+        at = begin
+        while at < end:
+            stop = min(at + span, end if _joins_units(unit) else min(end, at - at % unit + unit))
+            spans.append((at, stop))
+            at = stop
+        tiles.append((begin, end, spans))
+        begin = end
+    return tiles
+
+
+def _span_sums(x: F32, y: F32) -> tuple[Sums, np.float32]:
+    """(sum x^2, sum e^2, sum x*e) and the largest \\|e\\| of one span, e = y - x."""
+    size = -(-x.size // LANES) * LANES
+    padded = np.zeros((2, size), np.float32)
+    padded[0, : x.size], padded[1, : y.size] = x, y
+    xs, ys = padded.reshape(2, -1, LANES)
+    with np.errstate(all="ignore"):
+        error = ys - xs
+        lanes = np.zeros((3, LANES), np.float32)
+        for step in range(xs.shape[0]):
+            lanes += np.stack([xs[step] * xs[step], error[step] * error[step], xs[step] * error[step]])
+        sums = np.add.accumulate(lanes.astype(np.float64), axis=1)[:, -1]
+        if not SUM_LOW < sums[0] < SUM_HIGH or not sums[1] < SUM_HIGH:
+            wide = np.zeros((3, LANES))
+            xd, ed = xs.astype(np.float64), error.astype(np.float64)
+            for step in range(xs.shape[0]):
+                wide += np.stack([xd[step] * xd[step], ed[step] * ed[step], xd[step] * ed[step]])
+            sums = np.add.accumulate(wide, axis=1)[:, -1]
+    magnitude = np.abs(error).view(np.uint32).max() if error.size else np.uint32(0)
+    return sums, np.asarray(magnitude, np.uint32).view(np.float32)[()]
+
+
+def sums(x: F32, y: F32, unit: int) -> Sums:
+    """The layer's (sum x^2, sum e^2, sum x*e, largest \\|e\\|), from flat weights ``x`` and dequantized ``y``."""
+    total = np.zeros(4)
+    for _, _, spans in bounds(x.size, unit):
+        tile = np.zeros(3)
+        for begin, end in spans:
+            part, largest = _span_sums(x[begin:end], y[begin:end])
+            tile += part
+            total[3] = largest if np.isnan(largest) or largest > total[3] else total[3]
+        total[:3] += tile
+    return total
+
+
+def columns(totals: Sums) -> tuple[F32, F32, F32]:
+    """``sqnr_db``, ``cosine`` and ``max_abs_error`` (float32) of layers with ``totals`` of shape (layers, 4).
+
+    ``sqnr_db = 10 log10(sum x^2 / sum e^2)``, infinite where there is no error; ``cosine`` is 1 where both the
+    weights and the dequantized weights are all zero, 0 where only one of them is.
+    """
+    x2, e2, xe, largest = np.asarray(totals, np.float64).reshape(-1, 4).T
+    with np.errstate(all="ignore"):
+        sqnr = np.where(e2 == 0, np.inf, 10.0 * np.log10(x2 / e2))
+        y2 = x2 + 2.0 * xe + e2
+        cosine = np.where(e2 == 0, 1.0, np.where((x2 > 0) & (y2 > 0), (x2 + xe) / np.sqrt(x2 * y2), 0.0))
+        cosine = np.where(np.isnan(x2 + e2), np.nan, np.clip(cosine, -1.0, 1.0))
+        return sqnr.astype(np.float32), cosine.astype(np.float32), largest.astype(np.float32)
