@@ -52,7 +52,10 @@ def parameters(groups: F32, spec: LayerSpec, dtype: str, global_amax: float | No
             zeros = round_to(low - round_to(smallest / scales, arithmetic), arithmetic)
             # An all-zero group gives 0 / 0: the library's NaN becomes 0 when it is cast to int8.
             zeros = np.rint(np.clip(np.where(np.isnan(zeros), np.float32(0), zeros), low, -low - 1))
-        scales = round_saturating(scales, scale_dtype)
+            zeros += np.float32(0)  # an int8 has no negative zero
+        if scale_dtype != arithmetic:
+            # Only this conversion saturates: a span that overflows the weights' own dtype has an infinite scale.
+            scales = round_saturating(scales, scale_dtype)
     return np.where(scales == 0, EPS[scale_dtype], scales), zeros
 
 
