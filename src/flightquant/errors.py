@@ -191,9 +191,9 @@ def from_wire(message: str, extra_info: bytes = b"") -> FlightquantError | None:
     """The error that a server sent, from its message and ``extra_info``; None if it is none of ours."""
     try:
         facts = json.loads(extra_info) if extra_info else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         facts = {}
-    if not isinstance(facts, dict):
+    if not isinstance(facts, dict) or not isinstance(facts.get("code"), str | None):
         facts = {}
     code = facts.get("code")
     text = message

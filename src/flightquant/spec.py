@@ -310,9 +310,8 @@ def _override(command: Command, overrides: tuple[tuple[str, Any], ...]) -> Comma
         if changed.granularity is not None and changed.granularity not in scheme.granularities:
             if given.get("granularity") is None and given.get("group_size") is None:
                 fallback.update(granularity=None, group_size=None)
-        elif changed.group_size is not None and changed.group_size not in scheme.group_sizes:
-            if given.get("group_size") is None:
-                fallback["group_size"] = None
+        elif changed.group_size not in (None, *scheme.group_sizes) and given.get("group_size") is None:
+            fallback["group_size"] = None
         if not changed.symmetric and not scheme.asymmetric and given.get("symmetric") is None:
             fallback["symmetric"] = True
         if changed.scale_dtype is not None and not scheme.scale_dtypes and given.get("scale_dtype") is None:

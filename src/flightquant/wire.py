@@ -86,8 +86,8 @@ def weights_dtype(field: pa.Field) -> str:
                 return "bfloat16"
             raise _bad_column(
                 "weights",
-                f'{kind} without field metadata dtype=bfloat16 (found {tag!r})',
-                'field metadata dtype=bfloat16 for 16-bit storage',
+                f"{kind} without field metadata dtype=bfloat16 (found {tag!r})",
+                "field metadata dtype=bfloat16 for 16-bit storage",
             )
     raise _bad_column(
         "weights",
@@ -165,6 +165,9 @@ def _check_field(field: pa.Field) -> None:
         )
 
 
+_VIEW_IDS = (pa.lib.Type_LIST_VIEW, pa.lib.Type_LARGE_LIST_VIEW, pa.lib.Type_STRING_VIEW, pa.lib.Type_BINARY_VIEW)
+
+
 def _check_passthrough(name: str, kind: pa.DataType, depth: int = 0) -> None:
     """Echoed columns may be of any plain or nested type; those whose content cannot be checked cheaply are refused."""
     nested = [kind.field(i).type for i in range(kind.num_fields)] if depth < 8 else []
@@ -173,7 +176,7 @@ def _check_passthrough(name: str, kind: pa.DataType, depth: int = 0) -> None:
         or pa.types.is_run_end_encoded(kind)
         or pa.types.is_union(kind)
         or isinstance(kind, pa.BaseExtensionType)
-        or "view" in str(kind)
+        or kind.id in _VIEW_IDS
         or depth >= 8
     )
     if refused:
@@ -209,11 +212,11 @@ class EndMessage:
         """The end message in ``raw``, or None if it is none."""
         try:
             parsed: Any = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         if not isinstance(parsed, dict) or parsed.pop("complete", None) is not True:
             return None
         try:
             return cls(**{key: int(parsed[key]) for key in cls.__dataclass_fields__})
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             return None

@@ -93,7 +93,7 @@ def unpack(packed: npt.NDArray[np.uint8], cols: int, bits: int) -> Codes:
         return packed.view(np.int8)
     stream = np.unpackbits(packed, axis=1, count=cols * bits, bitorder="little")
     planes = stream.reshape(packed.shape[0], cols, bits)
-    unsigned = (planes << np.arange(bits, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8)
+    unsigned: npt.NDArray[np.uint8] = (planes << np.arange(bits, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8)
     return (unsigned.astype(np.int16) - (1 << (bits - 1))).astype(np.int8)
 
 

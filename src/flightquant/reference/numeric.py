@@ -11,10 +11,10 @@ F32 = npt.NDArray[np.float32]
 
 EPS = {"float32": np.float32(2.0**-23), "float16": np.float32(2.0**-10), "bfloat16": np.float32(2.0**-7)}
 """``torch.finfo(dtype).eps``."""
-MAX = {
+MAX: dict[str, np.float32] = {
     "float32": np.finfo(np.float32).max,
     "float16": np.float32(65504.0),
-    "bfloat16": np.array(0x7F7F0000, np.uint32).view(np.float32)[()],
+    "bfloat16": np.uint32(0x7F7F0000).view(np.float32),
 }
 """``torch.finfo(dtype).max``."""
 

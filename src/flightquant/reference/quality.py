@@ -47,7 +47,7 @@ def bounds(n: int, unit: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
 
 
 def _span_sums(x: F32, y: F32) -> tuple[Sums, np.float32]:
-    """(sum x^2, sum e^2, sum x*e) and the largest \\|e\\| of one span, e = y - x."""
+    """(sum x^2, sum e^2, sum x*e) and the largest |e| of one span, e = y - x."""
     size = -(-x.size // LANES) * LANES
     padded = np.zeros((2, size), np.float32)
     padded[0, : x.size], padded[1, : y.size] = x, y
@@ -57,7 +57,7 @@ def _span_sums(x: F32, y: F32) -> tuple[Sums, np.float32]:
         lanes = np.zeros((3, LANES), np.float32)
         for step in range(xs.shape[0]):
             lanes += np.stack([xs[step] * xs[step], error[step] * error[step], xs[step] * error[step]])
-        sums = np.add.accumulate(lanes.astype(np.float64), axis=1)[:, -1]
+        sums: Sums = np.add.accumulate(lanes.astype(np.float64), axis=1)[:, -1]
         if not SUM_LOW < sums[0] < SUM_HIGH or not sums[1] < SUM_HIGH:
             wide = np.zeros((3, LANES))
             xd, ed = xs.astype(np.float64), error.astype(np.float64)
@@ -65,11 +65,11 @@ def _span_sums(x: F32, y: F32) -> tuple[Sums, np.float32]:
                 wide += np.stack([xd[step] * xd[step], ed[step] * ed[step], xd[step] * ed[step]])
             sums = np.add.accumulate(wide, axis=1)[:, -1]
     magnitude = np.abs(error).view(np.uint32).max() if error.size else np.uint32(0)
-    return sums, np.asarray(magnitude, np.uint32).view(np.float32)[()]
+    return sums, np.uint32(magnitude).view(np.float32)
 
 
 def sums(x: F32, y: F32, unit: int) -> Sums:
-    """The layer's (sum x^2, sum e^2, sum x*e, largest \\|e\\|), from flat weights ``x`` and dequantized ``y``."""
+    """The layer's (sum x^2, sum e^2, sum x*e, largest |e|), from flat weights ``x`` and dequantized ``y``."""
     total = np.zeros(4)
     for _, _, spans in bounds(x.size, unit):
         tile = np.zeros(3)
