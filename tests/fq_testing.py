@@ -65,9 +65,7 @@ def golden_cases() -> tuple[GoldenCase, ...]:
         label = "-".join(map(str, (dtype, f"{first}:{last}x{cols}", *options.values())))
         data, scales, zeros = parts
         cases.append(
-            GoldenCase(
-                label, dtype, weights, options, data, scales if sizes[1] else None, zeros if sizes[2] else None
-            )
+            GoldenCase(label, dtype, weights, options, data, scales if sizes[1] else None, zeros if sizes[2] else None)
         )
     return tuple(cases)
 

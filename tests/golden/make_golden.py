@@ -11,6 +11,7 @@ bytes, scales and zero points of all cases stand one after the other in three ar
 from __future__ import annotations
 
 import json
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def main() -> None:
         zero_points=np.concatenate(zeros),
         **inputs,
     )
-    print(f"{TARGET}: {len(index)} cases, {TARGET.stat().st_size} bytes, {made_with}")
+    sys.stdout.write(f"{TARGET}: {len(index)} cases, {TARGET.stat().st_size} bytes, {made_with}\n")
 
 
 if __name__ == "__main__":

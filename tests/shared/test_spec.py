@@ -1,0 +1,297 @@
+"""The command: every key, value and combination of the contract, and how rows override it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flightquant.errors import InvalidRequestError
+from flightquant.spec import MAX_COMMAND_BYTES, SCHEMES, Command
+
+KEYS = ("op", "scheme", "bit_width", "granularity", "group_size", "symmetric", "scale_dtype", "on_error", "metrics")
+INTEGERS = ("int8", "int4")
+GGUF = ("q8_0", "q4_0")
+
+
+def refusal(raw: Any) -> InvalidRequestError:
+    with pytest.raises(InvalidRequestError) as caught:
+        Command.parse(raw)
+    assert len(caught.value.wire_message().encode()) < 1024
+    return caught.value
+
+
+def test_defaults_are_the_contracts() -> None:
+    command = Command.parse(b'{"scheme": "int4"}')
+    assert (command.op, command.on_error, command.metrics, command.symmetric) == ("quantize", "row", True, True)
+    spec = command.layer_spec()
+    assert (spec.granularity, spec.group_size, spec.symmetric, spec.scale_dtype) == ("group", 128, True, None)
+    assert Command.parse(b'{"scheme": "int8"}').layer_spec().granularity == "channel"
+    for name in GGUF:
+        assert Command.parse({"scheme": name}).layer_spec().group_size == 32
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(4, "int4"), (8, "int8")])
+def test_bit_width_is_short_for_a_scheme(width: int, scheme: str) -> None:
+    assert Command.parse({"bit_width": width}) == Command.parse({"scheme": scheme})
+    assert Command.parse({"bit_width": width, "scheme": scheme}) == Command.parse({"scheme": scheme})
+
+
+@pytest.mark.parametrize("width", [0, 1, 3, 5, 16, -4, 10**30])
+def test_unknown_bit_width_is_refused(width: int) -> None:
+    error = refusal({"bit_width": width})
+    assert error.field == "bit_width"
+    assert "4, 8" in error.message
+
+
+def test_bit_width_and_scheme_that_disagree_are_refused() -> None:
+    error = refusal({"bit_width": 8, "scheme": "int4"})
+    assert error.field == "bit_width"
+    assert "disagree" in error.message
+
+
+def expected_spec(
+    scheme: str, granularity: str | None, group_size: int | None, symmetric: bool | None, scale_dtype: str | None
+) -> tuple[Any, ...] | None:
+    """The contract's table, written down a second time: the filled-in options, or None where it has no such thing."""
+    sizes = (32, 64, 128, 256) if scheme in INTEGERS else (32,)
+    allowed = ("tensor", "channel", "group") if scheme in INTEGERS else ("group",)
+    chosen = granularity or ("group" if group_size is not None or scheme != "int8" else "channel")
+    if chosen not in allowed or (group_size is not None and (chosen != "group" or group_size not in sizes)):
+        return None
+    if scheme in GGUF and (symmetric is False or scale_dtype is not None):
+        return None
+    if scale_dtype not in (None, "float32", "float16", "bfloat16"):
+        return None
+    default = 128 if scheme in INTEGERS else 32
+    size = (group_size or default) if chosen == "group" else 0
+    return (scheme, chosen, size, symmetric is not False, scale_dtype)
+
+
+@pytest.mark.parametrize("scheme", [*INTEGERS, *GGUF])
+def test_every_combination_of_options(scheme: str) -> None:
+    tried = allowed = 0
+    for granularity, size, symmetric, scale_dtype in itertools.product(
+        (None, "tensor", "channel", "group", "block"),
+        (None, 32, 64, 128, 256, 1, 0, -1, 2**40),
+        (None, True, False),
+        (None, "float32", "float16", "bfloat16", "float64", ""),
+    ):
+        given_options = {
+            "granularity": granularity,
+            "group_size": size,
+            "symmetric": symmetric,
+            "scale_dtype": scale_dtype,
+        }
+        options = {key: value for key, value in given_options.items() if value is not None}
+        raw = json.dumps({"scheme": scheme, **options})
+        expected = expected_spec(scheme, granularity, size, symmetric, scale_dtype)
+        tried += 1
+        if expected is None:
+            error = refusal(raw)
+            assert error.field in options, raw
+            assert f'"{error.field}"' in error.message, raw
+            shown = options[error.field]
+            assert (shown if isinstance(shown, str) else json.dumps(shown)) in error.message, raw
+            assert "expected" in error.message
+            assert error.expected, raw
+        else:
+            allowed += 1
+            spec = Command.parse(raw).layer_spec()
+            got = (spec.scheme.name, spec.granularity, spec.group_size, spec.symmetric, spec.scale_dtype)
+            assert got == expected, raw
+    assert tried == 5 * 9 * 3 * 6
+    assert allowed == (144 if scheme in INTEGERS else 8), allowed
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *itertools.product(("op", "scheme", "granularity", "scale_dtype", "on_error"), (None, 1, True, [], {}, 1.5)),
+        *itertools.product(("bit_width", "group_size"), (None, "128", True, 128.0, [128], {})),
+        *itertools.product(("symmetric", "metrics"), (None, 0, 1, "true", [], {})),
+    ],
+)
+def test_a_value_of_another_type_is_refused_and_named(key: str, value: Any) -> None:
+    error = refusal({"scheme": "int4", key: value})
+    assert error.field == key
+    assert f'"{key}"' in error.message
+    assert error.code == "invalid_request"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("op", "quantise"), ("on_error", "ignore"), ("scheme", "int5x"), ("scheme", ""), ("op", "")]
+)
+def test_an_unknown_value_is_refused_with_what_is_allowed(key: str, value: str) -> None:
+    error = refusal({"scheme": "int4", key: value})
+    assert error.field == key
+    allowed = {"op": ["quantize"], "on_error": ["row", "abort"], "scheme": [*INTEGERS, *GGUF]}[key]
+    assert all(word in error.message for word in allowed)
+
+
+@pytest.mark.parametrize("key", ["Scheme", "groupsize", "", "bits", "x_note", "layer_name", "\N{SNOWMAN}", "k" * 5000])
+def test_an_unknown_key_is_refused_with_the_known_ones(key: str) -> None:
+    error = refusal({"scheme": "int4", key: 1})
+    assert all(known in error.message for known in KEYS)
+    assert key[:80] in error.message
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b'"int4"',
+        b"null",
+        b"4",
+        b'{"scheme": "int4"} x',
+        b'{"scheme": "int4", "scheme": "int8"}',
+        b"[" * 30000,
+        b'{"a":' * 9000,
+        b'{"scheme": "int4", "group_size": NaN}',
+        b'{"scheme": "int4", "group_size": 1e2}',
+        b'{"bit_width": ' + b"9" * 5000 + b"}",
+        b" " * (MAX_COMMAND_BYTES + 1),
+        "{}",
+    ],
+    ids=lambda raw: repr(raw[:24]),
+)
+def test_what_is_no_json_object_of_the_contract_is_refused(raw: bytes) -> None:
+    refusal(raw)
+
+
+def test_a_missing_scheme_is_named_with_the_schemes() -> None:
+    error = refusal({})
+    assert error.field == "scheme"
+    assert all(name in error.message for name in SCHEMES)
+
+
+@given(st.binary(max_size=200) | st.text(max_size=200))
+def test_arbitrary_bytes_are_a_command_or_a_typed_refusal(raw: bytes | str) -> None:
+    try:
+        Command.parse(raw)
+    except InvalidRequestError as error:
+        assert len(error.wire_message().encode()) < 1024
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(["int4", "group"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=10), JSON, max_size=6))
+@settings(max_examples=300)
+def test_arbitrary_json_is_a_command_or_a_typed_refusal(raw: dict[str, Any]) -> None:
+    text = json.dumps(raw)
+    try:
+        command = Command.parse(text)
+    except InvalidRequestError as error:
+        assert len(error.wire_message().encode()) < 1024
+        json.dumps(error.to_json())
+    else:
+        assert Command.parse(command.to_json()) == command
+
+
+@given(
+    st.fixed_dictionaries(
+        {"scheme": st.sampled_from([*INTEGERS, *GGUF])},
+        optional={
+            "granularity": st.sampled_from(["tensor", "channel", "group"]),
+            "group_size": st.sampled_from([32, 64, 128, 256]),
+            "symmetric": st.booleans(),
+            "scale_dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
+            "on_error": st.sampled_from(["row", "abort"]),
+            "metrics": st.booleans(),
+        },
+    )
+)
+def test_a_command_survives_its_own_json(options: dict[str, Any]) -> None:
+    try:
+        command = Command.parse(options)
+    except InvalidRequestError:
+        return
+    assert Command.parse(command.to_json()) == command
+    assert set(json.loads(command.to_json())) <= set(KEYS)
+
+
+@pytest.mark.parametrize(
+    ("base", "row", "expected"),
+    [
+        ({"scheme": "int4"}, {}, ("int4", "group", 128, True, None)),
+        ({"scheme": "int4"}, {"scheme": "int8"}, ("int8", "channel", 0, True, None)),
+        ({"scheme": "int4"}, {"bit_width": 8}, ("int8", "channel", 0, True, None)),
+        ({"scheme": "int4", "group_size": 64}, {"scheme": "int8"}, ("int8", "group", 64, True, None)),
+        ({"scheme": "int4", "group_size": 128}, {"granularity": "channel"}, ("int4", "channel", 0, True, None)),
+        ({"scheme": "int8"}, {"group_size": 32}, ("int8", "group", 32, True, None)),
+        ({"scheme": "int8", "granularity": "tensor"}, {"group_size": 32}, ("int8", "group", 32, True, None)),
+        ({"scheme": "int8"}, {"granularity": "group"}, ("int8", "group", 128, True, None)),
+        ({"scheme": "int4", "symmetric": False}, {"symmetric": True}, ("int4", "group", 128, True, None)),
+        ({"scheme": "int4"}, {"scale_dtype": "float16"}, ("int4", "group", 128, True, "float16")),
+        ({"scheme": "int4", "group_size": 128}, {"scheme": "q8_0"}, ("q8_0", "group", 32, True, None)),
+        ({"scheme": "int8", "granularity": "tensor"}, {"scheme": "q4_0"}, ("q4_0", "group", 32, True, None)),
+        (
+            {"scheme": "int4", "symmetric": False, "scale_dtype": "float16"},
+            {"scheme": "q4_0"},
+            ("q4_0", "group", 32, True, None),
+        ),
+        ({"scheme": "q8_0"}, {"scheme": "int4", "symmetric": False}, ("int4", "group", 128, False, None)),
+    ],
+)
+def test_a_rows_values_stand_in_place_of_the_calls(
+    base: dict[str, Any], row: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    spec = Command.parse(base).override(row).layer_spec()
+    assert (spec.scheme.name, spec.granularity, spec.group_size, spec.symmetric, spec.scale_dtype) == expected
+
+
+@pytest.mark.parametrize(
+    ("base", "row", "field"),
+    [
+        ({"scheme": "int4"}, {"scheme": "int5x"}, "scheme"),
+        ({"scheme": "int4"}, {"scheme": ""}, "scheme"),
+        ({"scheme": "int4"}, {"bit_width": 5}, "bit_width"),
+        ({"scheme": "int4"}, {"bit_width": 8, "scheme": "int4"}, "bit_width"),
+        ({"scheme": "int4"}, {"granularity": "row"}, "granularity"),
+        ({"scheme": "int4"}, {"group_size": 0}, "group_size"),
+        ({"scheme": "int4"}, {"group_size": 100}, "group_size"),
+        ({"scheme": "int4"}, {"granularity": "channel", "group_size": 128}, "group_size"),
+        ({"scheme": "int4"}, {"scale_dtype": "float64"}, "scale_dtype"),
+        ({"scheme": "int4"}, {"scheme": "q8_0", "group_size": 64}, "group_size"),
+        ({"scheme": "int4"}, {"scheme": "q8_0", "symmetric": False}, "symmetric"),
+        ({"scheme": "int4"}, {"scheme": "q8_0", "granularity": "channel"}, "granularity"),
+        ({"scheme": "int4"}, {"scheme": "q8_0", "scale_dtype": "float16"}, "scale_dtype"),
+    ],
+)
+def test_a_row_that_asks_for_what_does_not_exist_is_refused(
+    base: dict[str, Any], row: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        Command.parse(base).override(row)
+    assert caught.value.field == field
+
+
+def test_scale_and_arithmetic_dtypes_follow_the_contract() -> None:
+    own = Command.build(scheme="int8").layer_spec()
+    for dtype, scales in (("float32",) * 2, ("float16",) * 2, ("bfloat16",) * 2, ("float64", "float32")):
+        assert own.scale_dtype_for(dtype) == scales
+        assert own.arithmetic_for(dtype) == scales
+    half = Command.build(scheme="int8", scale_dtype="float16").layer_spec()
+    assert half.arithmetic_for("float16") == "float16"
+    assert [half.arithmetic_for(dtype) for dtype in ("float32", "bfloat16", "float64")] == ["float32"] * 3
+    assert {half.scale_dtype_for(dtype) for dtype in ("float32", "float16", "bfloat16")} == {"float16"}
+    block = Command.build(scheme="q8_0").layer_spec()
+    assert (block.scale_dtype_for("bfloat16"), block.arithmetic_for("bfloat16")) == ("float16", "float32")
+
+
+def test_build_takes_none_for_not_given() -> None:
+    assert Command.build(scheme="int4", group_size=None, granularity=None) == Command.parse({"scheme": "int4"})
+    with pytest.raises(InvalidRequestError, match="unknown key"):
+        Command.build(scheme="int4", groups=3)
