@@ -8,6 +8,8 @@ group or row (a *unit*) that is longer than it, nor one that is no multiple of 3
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -46,6 +48,14 @@ def bounds(n: int, unit: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
     return tiles
 
 
+def _lane_sums(xs: npt.NDArray[Any], error: npt.NDArray[Any]) -> Sums:
+    """The three sums of arrays of shape (steps, LANES), each lane in its own dtype and from the first step on."""
+    products = np.stack([xs * xs, error * error, xs * error], axis=1)
+    lanes = np.add.accumulate(products, axis=0)[-1]
+    sums: Sums = np.add.accumulate(lanes.astype(np.float64), axis=1)[:, -1]
+    return sums
+
+
 def _span_sums(x: F32, y: F32) -> tuple[Sums, np.float32]:
     """(sum x^2, sum e^2, sum x*e) and the largest |e| of one span, e = y - x."""
     size = -(-x.size // LANES) * LANES
@@ -54,16 +64,9 @@ def _span_sums(x: F32, y: F32) -> tuple[Sums, np.float32]:
     xs, ys = padded.reshape(2, -1, LANES)
     with np.errstate(all="ignore"):
         error = ys - xs
-        lanes = np.zeros((3, LANES), np.float32)
-        for step in range(xs.shape[0]):
-            lanes += np.stack([xs[step] * xs[step], error[step] * error[step], xs[step] * error[step]])
-        sums: Sums = np.add.accumulate(lanes.astype(np.float64), axis=1)[:, -1]
+        sums = _lane_sums(xs, error)
         if not SUM_LOW < sums[0] < SUM_HIGH or not sums[1] < SUM_HIGH:
-            wide = np.zeros((3, LANES))
-            xd, ed = xs.astype(np.float64), error.astype(np.float64)
-            for step in range(xs.shape[0]):
-                wide += np.stack([xd[step] * xd[step], ed[step] * ed[step], xd[step] * ed[step]])
-            sums = np.add.accumulate(wide, axis=1)[:, -1]
+            sums = _lane_sums(xs.astype(np.float64), error.astype(np.float64))
     magnitude = np.abs(error).view(np.uint32).max() if error.size else np.uint32(0)
     return sums, np.uint32(magnitude).view(np.float32)
 
@@ -89,8 +92,10 @@ def columns(totals: Sums) -> tuple[F32, F32, F32]:
     """
     x2, e2, xe, largest = np.asarray(totals, np.float64).reshape(-1, 4).T
     with np.errstate(all="ignore"):
+        undefined = np.isnan(x2 + e2)
         sqnr = np.where(e2 == 0, np.inf, 10.0 * np.log10(x2 / e2))
+        sqnr = np.where(undefined, np.nan, sqnr)
         y2 = x2 + 2.0 * xe + e2
         cosine = np.where(e2 == 0, 1.0, np.where((x2 > 0) & (y2 > 0), (x2 + xe) / np.sqrt(x2 * y2), 0.0))
-        cosine = np.where(np.isnan(x2 + e2), np.nan, np.clip(cosine, -1.0, 1.0))
+        cosine = np.where(undefined, np.nan, np.clip(cosine, -1.0, 1.0))
         return sqnr.astype(np.float32), cosine.astype(np.float32), largest.astype(np.float32)
