@@ -1,0 +1,212 @@
+"""The server's life: startup, wait, shutdown; as a process (:func:`run`) or inside one (:func:`running_server`)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+
+import pyarrow as pa
+from prometheus_client import CollectorRegistry, disable_created_metrics, start_http_server
+
+from flightquant.cython_core.engine import Engine
+from flightquant.layers import as_layer, layers_batch
+from flightquant.server import actions, logs
+from flightquant.server.admission import Admission
+from flightquant.server.calls import Call
+from flightquant.server.config import ServerConfig
+from flightquant.server.exchange import Exchange
+from flightquant.server.health import Health
+from flightquant.server.metrics import Metrics
+from flightquant.server.middleware import CallMiddlewareFactory
+from flightquant.server.service import QuantService, build_labels
+from flightquant.spec import SCHEMES, Command
+
+log = logging.getLogger("flightquant.server")
+
+LAST_WORD_S = 2.0
+"""Of the grace period, the share at its end in which calls that still run are told ``draining``: at most half of it."""
+
+
+class Server:
+    """One server with its health and metrics ports: :meth:`startup`, then :meth:`shutdown`.
+
+    Parameters
+    ----------
+    config : ServerConfig
+    engine : Engine, optional
+        Made from the configuration if not given.
+
+    Attributes
+    ----------
+    location, metrics_url, health_address : str
+        Where it listens, known after :meth:`startup`.
+    """
+
+    location: str
+    metrics_url: str
+    health_address: str
+
+    def __init__(self, config: ServerConfig, engine: Engine | None = None) -> None:
+        self.config = config
+        self.engine = engine or Engine(n_threads=config.threads)
+        self.admission = Admission(config.max_calls, config.max_bytes_in_flight)
+        self.registry = CollectorRegistry()
+        build = build_labels(actions.version(self.engine.n_threads))
+        self.metrics = Metrics(self.registry, self.admission, build)
+        self._closing = ExitStack()
+        self._health: Health | None = None
+        self._service: QuantService | None = None
+
+    def startup(self) -> None:
+        """Listen on all three ports; ready once the kernels are warm.
+
+        Raises
+        ------
+        OSError
+            A port cannot be had; nothing listens then.
+        """
+        config = self.config
+        with ExitStack() as undo:
+            self._health = Health(config.host, config.health_port)
+            undo.callback(self._health.close)
+            self.health_address = self._health.address
+            self._listen_for_metrics(undo)
+            warm(self.engine)
+            exchange = Exchange(self.engine, config.limits, self.admission, self.metrics, config.call_timeout_s)
+            middleware = CallMiddlewareFactory(self.admission, self._end_call)
+            try:
+                self._service = QuantService(config.location, middleware, exchange, self.engine.n_threads)
+            except (OSError, pa.ArrowException):
+                raise OSError(f"cannot listen on {config.location}") from None
+            self.location = f"grpc://{config.host}:{self._service.port}"
+            self._health.ready()
+            self._closing = undo.pop_all()
+
+    def _listen_for_metrics(self, undo: ExitStack) -> None:
+        host, port = self.config.host, self.config.metrics_port
+        try:
+            httpd, thread = start_http_server(port, host.strip("[]"), self.registry)
+        except OSError:
+            raise OSError(f"cannot listen on {host}:{port} for metrics") from None
+        undo.callback(thread.join)
+        undo.callback(httpd.server_close)
+        undo.callback(httpd.shutdown)
+        self.metrics_url = f"http://{host}:{httpd.server_port}/metrics"
+
+    def _end_call(self, call: Call) -> None:
+        self.metrics.observe_end(call)
+        self.admission.leave(call)
+        logs.log_call(call)
+
+    def ready_line(self) -> str:
+        """The JSON object that says where to find the server."""
+        return json.dumps(
+            {
+                "event": "ready",
+                "flight": self.location,
+                "metrics": self.metrics_url,
+                "health": self.health_address,
+            }
+        )
+
+    def shutdown(self) -> int:
+        """Stop: not ready, the drain delay, no new calls, running ones end within the grace period.
+
+        Returns
+        -------
+        int
+            Calls that did not end in time; only the end of the process ends them.
+        """
+        if self._service is None or self._health is None:
+            return 0
+        self._health.drain()
+        log.info("draining", extra={"fields": {"calls": self.admission.calls}})
+        time.sleep(self.config.drain_delay_s)
+        self.admission.drain()
+        # It returns when the last call has ended, which an idle client can put off for ever.
+        stopper = threading.Thread(target=self._service.shutdown, name="flight-shutdown", daemon=True)
+        stopper.start()
+        grace_s = self.config.grace_s
+        last_word_s = min(LAST_WORD_S, grace_s / 2)
+        stopper.join(grace_s - last_word_s)
+        if stopper.is_alive():
+            self.admission.end_calls()
+            stopper.join(last_word_s)
+        cut = self.admission.calls if stopper.is_alive() else 0
+        log.info("stopped", extra={"fields": {"cut_calls": cut}})
+        self._service = None
+        self._closing.close()
+        return cut
+
+
+def warm(engine: Engine) -> None:
+    """Run every scheme once, so that no client waits for the first use of anything."""
+    layer = as_layer("warm", pa.array([1.0] * 256, pa.float32()))
+    batch = layers_batch([layer])
+    for scheme in SCHEMES:
+        engine.session(batch.schema, Command.build(scheme=scheme)).quantize(batch)
+
+
+@contextmanager
+def running_server(config: ServerConfig | None = None, engine: Engine | None = None) -> Iterator[Server]:
+    """A server inside this process, for demonstrations, tests and benchmarks.
+
+    Parameters
+    ----------
+    config : ServerConfig, optional
+        By default free ports of the loopback interface and a short grace period. Close clients before the end: a call
+        that outlives the grace period lives as long as the process.
+
+    Yields
+    ------
+    Server
+        Listening; ``location`` says where.
+    """
+    server = Server(
+        config or ServerConfig(location="grpc://127.0.0.1:0", metrics_port=0, health_port=0, grace_s=5.0), engine
+    )
+    server.startup()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+
+
+def run(config: ServerConfig) -> None:
+    """Run the server as this process, until SIGTERM or SIGINT; a second signal ends it at once. Does not return.
+
+    Raises
+    ------
+    OSError
+        A port cannot be had.
+    """
+    logs.configure(config.log_level, config.log_format)
+    # A switch of the whole process: these series would double the number of all.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    server = Server(config)
+    server.startup()
+    print(server.ready_line(), flush=True)  # noqa: T201 -- the ready line is the process's one line of output
+    log.info("ready", extra={"fields": actions.version(server.engine.n_threads)})
+    stop.wait()
+    server.shutdown()
+    logging.shutdown()
+    sys.stdout.flush()
+    # An idle client's call would keep the interpreter from ending.
+    os._exit(0)

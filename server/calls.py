@@ -1,0 +1,82 @@
+"""What is known of one call: who it is in logs and traces, what was asked, how it ended."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from flightquant.wire import SUMS_HEADER, EndMessage
+
+REQUEST_ID_HEADER = "x-request-id"
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+
+Headers = Mapping[str, Sequence[str | bytes]]
+
+
+class CallCancelledError(Exception):
+    """The client ended the call or is gone: nobody is left to be told."""
+
+
+@dataclass(slots=True)
+class Call:
+    """One call, from its headers to its line in the log.
+
+    Attributes
+    ----------
+    request_id : str
+        The client's ``x-request-id`` if it sent one that is fit to be logged, else a fresh one.
+    trace_id : str or None
+        From the W3C ``traceparent`` header.
+    sums : bool
+        Whether the client asked for the quality sums of each batch.
+    op, scheme : str
+        What the command asks for; ``none`` until it was read.
+    outcome : str
+        ``ok``, ``cancelled`` or the code of the error that ended the call.
+    bytes_held : int
+        Bytes of batches that the call holds now.
+    """
+
+    request_id: str
+    method: str
+    trace_id: str | None = None
+    sums: bool = False
+    op: str = "none"
+    scheme: str = "none"
+    peer: str | None = None
+    outcome: str = "ok"
+    error: str | None = None
+    totals: EndMessage | None = None
+    bytes_held: int = 0
+    admitted: bool = False
+    started: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def from_headers(cls, method: str, headers: Headers) -> Call:
+        """A call from what Flight's middleware sees of it: lower-case names, each with a list of values."""
+        request_id = _single(headers, REQUEST_ID_HEADER)
+        if request_id is None or not _REQUEST_ID.fullmatch(request_id):
+            request_id = uuid.uuid4().hex
+        trace = _TRACEPARENT.fullmatch(_single(headers, "traceparent") or "")
+        return cls(
+            request_id=request_id,
+            method=method,
+            trace_id=trace.group(1) if trace else None,
+            sums=_single(headers, SUMS_HEADER) == "1",
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Time since the call began."""
+        return time.monotonic() - self.started
+
+
+def _single(headers: Headers, name: str) -> str | None:
+    """The header's value if it was sent exactly once, as text."""
+    values = headers.get(name, ())
+    return values[0] if len(values) == 1 and isinstance(values[0], str) else None

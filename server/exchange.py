@@ -1,0 +1,220 @@
+"""One ``DoExchange``: batches of layers in, for each a batch of answers out, then the end message."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+
+from flightquant.cython_core.engine import Answer, Engine, Limits, Session
+from flightquant.errors import DeadlineError, DrainingError, FlightquantError, InvalidRequestError, TooLargeError
+from flightquant.server.admission import RETRY_AFTER_S, Admission
+from flightquant.server.calls import Call, CallCancelledError
+from flightquant.server.metrics import Metrics
+from flightquant.spec import Command
+
+MAX_METADATA_MESSAGES = 1024
+MAX_METADATA_BYTES = 64 * 1024
+
+_COMMAND = 'a command descriptor with a JSON object such as {"op": "quantize", "scheme": "int4"}'
+
+
+class Exchange:
+    """Runs the exchanges of one server; it holds nothing of any call.
+
+    Parameters
+    ----------
+    engine : Engine
+        The process's one engine, shared by all calls.
+    timeout_s : float
+        The longest that a call may take.
+    """
+
+    def __init__(
+        self, engine: Engine, limits: Limits, admission: Admission, metrics: Metrics, timeout_s: float
+    ) -> None:
+        self._engine = engine
+        self._limits = limits
+        self._admission = admission
+        self._metrics = metrics
+        self._timeout_s = timeout_s
+
+    def run(self, call: Call, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
+        """Answer one exchange, from its descriptor to its end message.
+
+        Parameters
+        ----------
+        context, descriptor, reader, writer
+            As Flight hands them to ``do_exchange``.
+
+        Raises
+        ------
+        FlightquantError
+            As the contract says.
+        CallCancelledError
+            The client ended the call or is gone.
+        """
+        command = read_command(descriptor)
+        call.op, call.scheme = command.op, command.layer_spec().scheme.name
+        step = _Step(call, context, self._admission, self._timeout_s)
+        schema = step.read(lambda: reader.schema)
+        session = self._engine.session(schema, command, self._limits)
+        call.totals = session.end
+        step.write(lambda: writer.begin(session.schema))
+        metadata_messages = 0
+        while True:
+            self._admission.wait_for_room(step.check)
+            chunk = self._receive(step, reader)
+            step.check()
+            if chunk is None:
+                break
+            if chunk.app_metadata is not None:
+                metadata_messages += 1
+                _check_metadata(metadata_messages, chunk.app_metadata.size)
+            if chunk.data is not None:
+                self._answer(call, step, session, chunk, writer)
+            # The next read must not find this batch still held.
+            del chunk
+        step.write(lambda: writer.write_metadata(session.end.to_json()))
+
+    def _receive(self, step: _Step, reader: Any) -> Any:
+        """The next chunk, or None at the end of the stream."""
+        started = time.perf_counter()
+        try:
+            chunk = step.read(reader.read_chunk)
+        except StopIteration:
+            return None
+        self._metrics.observe_stage("receive", time.perf_counter() - started)
+        return chunk
+
+    def _answer(self, call: Call, step: _Step, session: Session, chunk: Any, writer: Any) -> None:
+        """Answer one batch, and hold nothing of it afterwards."""
+        # The sizes of its buffers are all that may be asked of a batch before the engine has checked it.
+        held = chunk.data.get_total_buffer_size()
+        self._admission.hold(call, held)
+        try:
+            answer = self._quantize(step, session, chunk.data)
+            self._admission.hold(call, held + answer.batch.get_total_buffer_size())
+            started = time.perf_counter()
+            if call.sums:
+                step.write(lambda: writer.write_with_metadata(answer.batch, answer.sums.tobytes()))
+            else:
+                step.write(lambda: writer.write_batch(answer.batch))
+            self._metrics.observe_stage("write", time.perf_counter() - started)
+            self._metrics.observe_answer(answer.batch, held)
+        finally:
+            self._admission.hold(call, 0)
+
+    def _quantize(self, step: _Step, session: Session, batch: pa.RecordBatch) -> Answer:
+        with self._metrics.batches_in_engine.track_inprogress():
+            try:
+                answer = session.quantize(batch, should_stop=step.is_due)
+            except DeadlineError:
+                # The engine knows that it was told to stop, the step knows why.
+                step.check()
+                raise
+        for stage, seconds in answer.seconds.items():
+            self._metrics.observe_stage(stage, seconds)
+        return answer
+
+
+class _Step:
+    """One step of a call after the other: its reads and writes, and whether the call has to end before its stream."""
+
+    def __init__(self, call: Call, context: Any, admission: Admission, timeout_s: float) -> None:
+        self._context = context
+        self._admission = admission
+        self._timeout_s = timeout_s
+        self._deadline = call.started + timeout_s
+
+    def is_due(self) -> bool:
+        """Whether :meth:`check` would raise."""
+        late = time.monotonic() > self._deadline
+        return bool(late or self._admission.ending or self._context.is_cancelled())
+
+    def check(self) -> None:
+        """Raise if the call has to end."""
+        if self._context.is_cancelled():
+            raise CallCancelledError
+        if self._admission.ending:
+            raise DrainingError(
+                "the server is stopping and this call did not end in time; repeat it elsewhere",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        if time.monotonic() > self._deadline:
+            raise DeadlineError(
+                f"the call took longer than {self._timeout_s:g} s, the server's limit for one call",
+                field="call_timeout_s",
+                expected=self._timeout_s,
+            )
+
+    def read(self, read: Callable[[], Any]) -> Any:
+        """What ``read`` gives; bytes that Arrow cannot make sense of are the client's mistake.
+
+        Raises
+        ------
+        StopIteration
+            The end of the stream.
+        InvalidRequestError, TooLargeError, CallCancelledError
+        """
+        try:
+            return read()
+        except StopIteration:
+            raise
+        except MemoryError:
+            raise TooLargeError("a message needs more memory than the server has", field="message") from None
+        except Exception as error:
+            if self._context.is_cancelled():
+                raise CallCancelledError from None
+            raise InvalidRequestError(
+                f"the request stream is not a readable Arrow stream ({type(error).__name__}); "
+                "expected a schema, then record batches of it",
+                field="stream",
+                got=type(error).__name__,
+                expected="an Arrow IPC stream of one schema",
+            ) from None
+
+    def write(self, write: Callable[[], None]) -> None:
+        """Do ``write``; if it fails because nobody reads any more, the call was cancelled."""
+        try:
+            write()
+        except FlightquantError:
+            raise
+        except Exception:
+            if self._context.is_cancelled():
+                raise CallCancelledError from None
+            raise
+
+
+def read_command(descriptor: Any) -> Command:
+    """The command in a descriptor.
+
+    Raises
+    ------
+    InvalidRequestError
+        There is no descriptor, it is a path, or its command is none of the contract's.
+    """
+    kind = None if descriptor is None else descriptor.descriptor_type.name
+    if kind != "CMD":
+        got = {"PATH": "a path descriptor"}.get(kind or "", "no descriptor")
+        raise InvalidRequestError(f"the call has {got}; expected {_COMMAND}", field="descriptor", got=got)
+    return Command.parse(descriptor.command)
+
+
+def _check_metadata(messages: int, size: int) -> None:
+    if messages > MAX_METADATA_MESSAGES:
+        raise TooLargeError(
+            f"the stream has more than {MAX_METADATA_MESSAGES} messages with metadata",
+            field="app_metadata",
+            got=messages,
+            expected=MAX_METADATA_MESSAGES,
+        )
+    if size > MAX_METADATA_BYTES:
+        raise TooLargeError(
+            f"a message has {size} bytes of metadata; expected at most {MAX_METADATA_BYTES}",
+            field="app_metadata",
+            got=size,
+            expected=MAX_METADATA_BYTES,
+        )

@@ -1,0 +1,79 @@
+"""What runs on a call's headers, before any of its body is read: identity of the call, admission, its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pyarrow import flight
+
+from flightquant.server.admission import Admission
+from flightquant.server.calls import REQUEST_ID_HEADER, Call, Headers
+from flightquant.server.faults import Guard
+
+MIDDLEWARE_KEY = "call"
+
+_METHODS = {
+    "LIST_FLIGHTS": "ListFlights",
+    "GET_FLIGHT_INFO": "GetFlightInfo",
+    "GET_SCHEMA": "GetSchema",
+    "DO_GET": "DoGet",
+    "DO_PUT": "DoPut",
+    "DO_ACTION": "DoAction",
+    "LIST_ACTIONS": "ListActions",
+    "DO_EXCHANGE": "DoExchange",
+    "HANDSHAKE": "Handshake",
+}
+
+
+class CallMiddleware(flight.ServerMiddleware):  # type: ignore[misc]
+    """Carries the :class:`Call` to its handler, names it to the client and hears of its end."""
+
+    def __init__(self, call: Call, on_end: Callable[[Call], None]) -> None:
+        super().__init__()
+        self.call = call
+        self._on_end = on_end
+
+    def sending_headers(self) -> dict[str, str]:
+        """Headers of the answer: the id under which the log knows the call."""
+        return {REQUEST_ID_HEADER: self.call.request_id}
+
+    def call_completed(self, exception: Exception | None) -> None:
+        """The last that is heard of a call, whether it ended well, badly or not at all (a killed client)."""
+        if exception is not None and self.call.outcome == "ok":
+            # The handler was done; what it left to Flight could not be sent.
+            self.call.outcome = "cancelled"
+        self._on_end(self.call)
+
+
+class CallMiddlewareFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
+    """Makes a call of its headers and lets it in, or refuses it.
+
+    Parameters
+    ----------
+    on_end : callable
+        Told of every call that is over, refused ones included.
+    """
+
+    def __init__(self, admission: Admission, on_end: Callable[[Call], None]) -> None:
+        super().__init__()
+        self._admission = admission
+        self._on_end = on_end
+
+    def start_call(self, info: Any, headers: Headers) -> CallMiddleware:
+        """Called by Flight with the headers of every call."""
+        call = Call.from_headers(_METHODS.get(info.method.name, "other"), headers)
+        try:
+            with Guard(call):
+                self._admission.enter(call)
+        except flight.FlightError:
+            self._on_end(call)
+            raise
+        return CallMiddleware(call, self._on_end)
+
+
+def call_of(context: Any) -> Call:
+    """The call that a handler's context belongs to."""
+    call: Call = context.get_middleware(MIDDLEWARE_KEY).call
+    call.peer = context.peer() or None
+    return call
