@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 
-venv = $(PYTHON) scripts/venv.py $(VENV)
+environment = $(PYTHON) scripts/environment.py $(VENV)
 bin = $(VENV)/bin
 
 .PHONY: help demo test bench check packages sanitize oracles clean
@@ -21,32 +21,32 @@ help:
 	@echo "make oracles   live comparison with torch, compressed-tensors and gguf"
 
 demo:
-	@$(venv) demo
+	@$(environment) demo
 	$(bin)/python examples/demo.py
 
 test:
-	@$(venv) test
+	@$(environment) test
 	$(bin)/python -m pytest $(PYTEST_ARGS)
 
 bench:
-	@$(venv) test
+	@$(environment) test
 	$(bin)/python benchmarks/kernels.py
 	$(bin)/python benchmarks/exchange.py
 
 check:
-	@$(venv) dev
+	@$(environment) dev
 	PATH="$(abspath $(bin)):$$PATH" scripts/check
 
 packages:
-	@$(venv) dev
+	@$(environment) dev
 	PATH="$(abspath $(bin)):$$PATH" scripts/packages
 
 sanitize:
-	@$(venv) dev
+	@$(environment) dev
 	PATH="$(abspath $(bin)):$$PATH" scripts/sanitize $(PYTEST_ARGS)
 
 oracles:
-	@$(venv) oracles
+	@$(environment) oracles
 	$(bin)/python -c "import compressed_tensors, gguf, ml_dtypes, safetensors, torch"
 	$(bin)/python -m pytest -m oracle $(PYTEST_ARGS)
 

@@ -1,8 +1,8 @@
 """Make a virtual environment and install flightquant in it with one extra; do nothing where that stands already.
 
-Runs on a bare Python 3.11. Usage: ``python scripts/venv.py .venv test``. The install is a regular one, not editable,
-so that the tests meet what a user meets. "Already" is judged by the content of every file that the install depends
-on, not by time stamps.
+Runs on a bare Python 3.11. Usage: ``python scripts/environment.py .venv test``. The install is a regular one, not
+editable, so that the tests meet what a user meets. "Already" is judged by the content of every file that the install
+depends on, not by time stamps.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-INPUTS = ("LICENSE", "README.md", "meson.build", "meson.options", "pyproject.toml", "scripts/venv.py")
+INPUTS = ("LICENSE", "README.md", "meson.build", "meson.options", "pyproject.toml", "scripts/environment.py")
 FOLDERS = ("client", "cython_core", "server", "src")
 INTERPRETER = f"{sys.version} {sys.executable}"
 
