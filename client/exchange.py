@@ -1,0 +1,258 @@
+"""One ``DoExchange`` with its writer and its reader on two threads, and a bounded window between them.
+
+Flight has no flow control that a single thread could live with: who writes everything and then reads hangs for ever
+once some 16 MiB are under way. Here one thread writes while another reads, and the writer waits as soon as a set number
+of bytes or batches has been sent whose answers the caller has not taken yet. The caller's own thread only waits on a
+queue, so that Ctrl-C and a closed generator end the call at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import deque
+from collections.abc import Iterator
+from itertools import chain
+from queue import SimpleQueue
+from threading import Condition, Thread
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.flight as flight
+
+from flightquant.client.batching import Request
+from flightquant.client.joining import Answer, read_sums
+from flightquant.errors import (
+    DeadlineError,
+    FlightquantError,
+    InternalError,
+    InvalidRequestError,
+    PermissionDeniedError,
+    StreamCutError,
+    UnauthenticatedError,
+    UnavailableError,
+    from_wire,
+)
+from flightquant.wire import CONTRACT_VERSION, EndMessage
+
+_BROKEN = (flight.FlightError, pa.ArrowException, OSError)
+"""What Flight raises for a stream that is broken, refused or ended by the other side."""
+JOIN_SECONDS = 10.0
+"""How long an ended call waits for its threads: only an iterator of the caller's own that blocks can hold them."""
+
+
+class Window:
+    """How much may be under way: the writer enters each request, the caller leaves it when its answer is taken."""
+
+    def __init__(self, max_bytes: int, max_batches: int) -> None:
+        self._max_bytes = max_bytes
+        self._max_batches = max_batches
+        self._bytes = 0
+        self._batches = 0
+        self._closed = False
+        self._changed = Condition()
+
+    def enter(self, nbytes: int) -> bool:
+        """Wait for room; False once the window is closed. A request larger than the window goes alone."""
+
+        def free() -> bool:
+            room = self._bytes + nbytes <= self._max_bytes and self._batches < self._max_batches
+            return self._closed or self._batches == 0 or room
+
+        with self._changed:
+            self._changed.wait_for(free)
+            if self._closed:
+                return False
+            self._bytes += nbytes
+            self._batches += 1
+            return True
+
+    def leave(self, nbytes: int) -> None:
+        """Give back the room of one request."""
+        with self._changed:
+            self._bytes -= nbytes
+            self._batches -= 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+class Exchange:
+    """One call: iterate over it once for its answers, in the order of the requests.
+
+    Raises
+    ------
+    StreamCutError
+        While iterating: an answer too few or too many, a row count that differs, no end message.
+    FlightquantError
+        While iterating: what the server or the connection said, as one of our errors.
+    """
+
+    def __init__(
+        self,
+        client: flight.FlightClient,
+        command: bytes,
+        options: flight.FlightCallOptions,
+        requests: Iterator[Request],
+        window: Window,
+    ) -> None:
+        self._client = client
+        self._command = command
+        self._options = options
+        self._requests = requests
+        self._window = window
+        self._sent: deque[Request] = deque()
+        self._events: SimpleQueue[Answer | BaseException | None] = SimpleQueue()
+        self._rows = 0
+        self._batches = 0
+        self._all_sent = False
+        self._write_error: BaseException | None = None
+        self.end: EndMessage | None = None
+
+    def __iter__(self) -> Iterator[Answer]:
+        first = next(self._requests, None)
+        if first is None:
+            return
+        descriptor = flight.FlightDescriptor.for_command(self._command)
+        try:
+            writer, reader = self._client.do_exchange(descriptor, self._options)
+        except _BROKEN as error:
+            raise our_error(error) from None
+        threads = [
+            Thread(target=self._write, args=(writer, first), name="flightquant-writer", daemon=True),
+            Thread(target=self._read, args=(reader,), name="flightquant-reader", daemon=True),
+        ]
+        ended = False
+        try:
+            for thread in threads:
+                thread.start()
+            while (event := self._events.get()) is not None:
+                if isinstance(event, BaseException):
+                    raise event
+                self._window.leave(event.request.nbytes)
+                yield event
+            ended = True
+        finally:
+            self._window.close()
+            if not ended:
+                reader.cancel()
+            for thread in threads:
+                thread.join(JOIN_SECONDS)
+            if not any(thread.is_alive() for thread in threads):
+                with contextlib.suppress(*_BROKEN):
+                    writer.close()
+
+    def _write(self, writer: flight.FlightStreamWriter, first: Request) -> None:
+        schema = first.batch.schema
+        try:
+            for request in chain((first,), self._requests):
+                if not request.batch.schema.equals(schema):
+                    raise InvalidRequestError(
+                        f"the schema changes in mid-stream, at layer {request.names[0]!r}", field="schema"
+                    )
+                if not self._window.enter(request.nbytes):
+                    return
+                self._sent.append(request)
+                self._rows += request.batch.num_rows
+                self._batches += 1
+                if not self._put(writer, request):
+                    return
+            self._all_sent = True
+            with contextlib.suppress(*_BROKEN):
+                writer.done_writing()
+        except BaseException as error:  # the caller's own iterator: its error is raised in the caller's thread
+            self._events.put(error)
+
+    def _put(self, writer: flight.FlightStreamWriter, request: Request) -> bool:
+        """Write one request; False if the stream is broken or ended: the reader knows why, and tells it better."""
+        try:
+            if self._batches == 1:
+                writer.begin(request.batch.schema)
+            writer.write_batch(request.batch)
+        except _BROKEN as error:
+            self._write_error = error
+            with contextlib.suppress(*_BROKEN):
+                writer.done_writing()
+            return False
+        return True
+
+    def _read(self, reader: flight.FlightStreamReader) -> None:
+        try:
+            while True:
+                try:
+                    chunk = reader.read_chunk()
+                except StopIteration:
+                    break
+                self._take(chunk)
+            self._check_end()
+            self._events.put(None)
+        except FlightquantError as error:  # before OSError, which some of ours are too
+            self._events.put(error)
+        except _BROKEN as error:
+            self._events.put(our_error(error))
+        except BaseException as error:  # carried over to the caller's thread
+            self._events.put(error)
+
+    def _take(self, chunk: Any) -> None:
+        if self.end is not None:
+            raise StreamCutError("the server went on after its end message")
+        if chunk.data is None:
+            self.end = EndMessage.from_json(chunk.app_metadata.to_pybytes()) if chunk.app_metadata else None
+            if self.end is None:
+                raise StreamCutError("the server sent a message that is neither an answer nor an end message")
+            return
+        if not self._sent:
+            raise StreamCutError("the server sent an answer without a request")
+        request = self._sent.popleft()
+        if chunk.data.num_rows != request.batch.num_rows:
+            raise StreamCutError(
+                f"the server answered {chunk.data.num_rows} of {request.batch.num_rows} rows of a batch",
+                got=chunk.data.num_rows,
+                expected=request.batch.num_rows,
+            )
+        contract = (chunk.data.schema.metadata or {}).get(b"flightquant.contract", b"none").decode(errors="replace")
+        if contract != CONTRACT_VERSION:
+            raise InternalError(
+                f"the server answers by contract {contract}; this client knows {CONTRACT_VERSION}", got=contract
+            )
+        self._events.put(Answer(request, chunk.data, read_sums(chunk.app_metadata, chunk.data.num_rows)))
+
+    def _check_end(self) -> None:
+        if self.end is None:
+            raise StreamCutError(f"the stream ended without its end message, {len(self._sent)} batches unanswered")
+        if not self._all_sent or (self.end.rows, self.end.batches) != (self._rows, self._batches):
+            raise StreamCutError(
+                f"the server received {self.end.rows} rows in {self.end.batches} batches; {self._rows} rows in "
+                f"{self._batches} batches had been sent{'' if self._all_sent else ' so far'}",
+                got=self.end.rows,
+                expected=self._rows,
+            ) from self._write_error
+
+
+def our_error(error: BaseException) -> FlightquantError:
+    """A Flight, Arrow or socket error as one of ours: by the code that the server sent, else by its class."""
+    known = from_wire(_sentence(error), getattr(error, "extra_info", b"") or b"")
+    if known is not None:
+        return known
+    text = _sentence(error)
+    if isinstance(error, flight.FlightTimedOutError):
+        return DeadlineError(f"the call's time is over: {text}")
+    if isinstance(error, flight.FlightUnauthenticatedError):
+        return UnauthenticatedError(text)
+    if isinstance(error, flight.FlightUnauthorizedError):
+        return PermissionDeniedError(text)
+    if isinstance(error, flight.FlightUnavailableError | flight.FlightCancelledError | flight.FlightInternalError):
+        return UnavailableError(f"the server was lost or cannot be reached: {text}")
+    if isinstance(error, OSError):
+        return UnavailableError(f"the connection failed: {text}")
+    return InternalError(f"the server failed: {text}")
+
+
+def _sentence(error: BaseException) -> str:
+    """What the server said, without what Arrow and gRPC add for their own developers."""
+    text = re.sub(r"^Flight (returned|call failed)[\w ,]*, with message: ", "", str(error))
+    return re.split(r"\.? (?:Detail:|gRPC client debug context:|Client context:) ", text)[0]

@@ -1,0 +1,106 @@
+"""Answers of a layer that was sent in parts, joined to the one row that the whole layer would have got."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from flightquant.client.batching import Request
+from flightquant.reference.quality import columns
+from flightquant.wire import QUALITY_SUMS
+
+_COSTS = ("kernel_ns", "bytes_in", "bytes_out", "bytes_copied")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer batch beside its request.
+
+    Attributes
+    ----------
+    sums : float64 array of shape (rows, 4) or None
+        The rows' quality sums, if the server sent them.
+    """
+
+    request: Request
+    batch: pa.RecordBatch
+    sums: npt.NDArray[np.float64] | None
+
+
+def read_sums(metadata: pa.Buffer | None, rows: int) -> npt.NDArray[np.float64] | None:
+    """The quality sums in an answer's ``app_metadata``; None if it holds none."""
+    if metadata is None or metadata.size != rows * QUALITY_SUMS * 8:
+        return None
+    return np.frombuffer(metadata, "<f8").reshape(rows, QUALITY_SUMS)
+
+
+def join(answers: Iterable[Answer]) -> Iterator[pa.RecordBatch]:
+    """Answer batches in which every row is a whole layer; at most the parts of one layer are held."""
+    held = _Parts()
+    for answer in answers:
+        part = answer.request.part
+        if part is None:
+            yield answer.batch
+            continue
+        held.answers.append(answer)
+        if part.ends:
+            yield held.joined()
+            held = _Parts()
+
+
+@dataclass(slots=True)
+class _Parts:
+    """The answers so far for one layer."""
+
+    answers: list[Answer] = field(default_factory=list)
+
+    def joined(self) -> pa.RecordBatch:
+        """The layer's row: the first bad part's verdict, or all parts' bytes, scales and sums."""
+        batches = [answer.batch for answer in self.answers]
+        statuses = [batch.column("status")[0].as_py() for batch in batches]
+        bad = next((i for i, status in enumerate(statuses) if status != "ok"), None)
+        base = batches[0 if bad is None else bad]
+        part = self.answers[0].request.part
+        assert part is not None  # noqa: S101 - join() holds nothing else
+        changed: dict[str, Any] = {
+            "shape": pa.array([list(part.shape)], base.schema.field("shape").type),
+            "row_offset": pa.array([part.row_offset], pa.int64()),
+        }
+        if bad is None:
+            if not part.one_scale:
+                changed |= {name: _joined_lists(batches, name) for name in ("scales", "zero_points")}
+            packed = b"".join(batch.column("quantized_data")[0].as_buffer() for batch in batches)
+            changed["quantized_data"] = pa.array([packed], pa.binary())
+            changed |= self._quality(base)
+        for name in _COSTS if bad is None else ("kernel_ns", "bytes_in", "bytes_copied"):
+            total = sum(batch.column(name)[0].as_py() or 0 for batch in batches)
+            changed[name] = pa.array([total], pa.int64())
+        arrays = [changed.get(name, base.column(name)) for name in base.schema.names]
+        return pa.RecordBatch.from_arrays(arrays, schema=base.schema)
+
+    def _quality(self, base: pa.RecordBatch) -> dict[str, pa.Array]:
+        names = ("sqnr_db", "cosine", "max_abs_error")
+        sums = [answer.sums for answer in self.answers]
+        if not base.column("sqnr_db")[0].is_valid or any(part is None for part in sums):
+            # Not asked for, or a server that does not tell its sums: then the whole layer's quality is not known.
+            return {name: pa.nulls(1, pa.float32()) for name in names}
+        total = np.zeros(QUALITY_SUMS)
+        for part in sums:
+            total[:-1] += part[0, :-1]  # type: ignore[index]
+            total[-1] = np.maximum(total[-1], part[0, -1])  # type: ignore[index]
+        return dict(zip(names, map(pa.array, columns(total)), strict=True))
+
+
+def _joined_lists(batches: list[pa.RecordBatch], name: str) -> pa.Array:
+    """One list of all the parts' values; null where they have none."""
+    rows = [batch.column(name)[0] for batch in batches]
+    kind = batches[0].schema.field(name).type
+    if not rows[0].is_valid:
+        return pa.nulls(1, kind)
+    values = np.concatenate([row.values.to_numpy(zero_copy_only=True) for row in rows])
+    return pa.ListArray.from_arrays(pa.array([0, values.size], pa.int32()), pa.array(values), type=kind)
