@@ -1,0 +1,273 @@
+/* int8 and int4, symmetric and asymmetric: the rule of compressed-tensors (flightquant/reference/integer.py). */
+#include "families.h"
+
+static const float dtype_eps[] = {0x1p-23f, 0x1p-10f, 0x1p-7f, 0x1p-23f};
+static const float dtype_max[] = {INFINITY, 65504.0f, 0x1.fep127f, INFINITY};
+
+/* Ranges and parameters of the units of one span, and the same spread over its blocks of 32 weights. */
+typedef struct {
+  _Alignas(64) int32_t amax[FQ_BLOCKS];
+  _Alignas(64) float smallest[FQ_BLOCKS], largest[FQ_BLOCKS];
+  _Alignas(64) float scale[FQ_BLOCKS], inverse[FQ_BLOCKS], zero[FQ_BLOCKS];
+} span_units;
+
+typedef struct {
+  _Alignas(64) float scale[FQ_BLOCKS], inverse[FQ_BLOCKS], zero[FQ_BLOCKS];
+  int division; /* some scale is too small or too large for a product with its inverse */
+} span_blocks;
+
+/* Scales, their inverses and zero points of 16 units at once. */
+FQ_INLINE void parameters_16(const fq_job *job, span_units *u, int at) {
+  const float levels = (float)((1 << job->bits) - 1), low = (float)-(1 << (job->bits - 1));
+  vf scale, zero = vf_set(0);
+  if (job->symmetric) {
+    const vf amax = vf_load((const float *)(const void *)(u->amax + at));
+    scale = round_to(vf_div(amax, vf_set(levels / 2)), job->arithmetic);
+  } else {
+    const vf smallest = vf_load(u->smallest + at);
+    const vf range = round_to(vf_sub(vf_load(u->largest + at), smallest), job->arithmetic);
+    scale = round_to(vf_div(range, vf_set(levels)), job->arithmetic);
+    const vf steps = round_to(vf_div(smallest, scale), job->arithmetic);
+    zero = round_to(vf_sub(vf_set(low), steps), job->arithmetic);
+    /* 0 / 0: an all-zero unit, whose NaN the library turns into 0 */
+    zero = vf_where_zero(scale, vf_where_zero(smallest, vf_set(0), zero), zero);
+    zero = vf_min(vf_max(zero, vf_set(low)), vf_set(-low - 1));
+    zero = vi_convert(vf_nearest(zero));
+  }
+  if (job->scale_dtype != job->arithmetic)
+    scale = round_to(vf_min(scale, vf_set(dtype_max[job->scale_dtype])), job->scale_dtype);
+  scale = vf_where_zero(scale, vf_set(dtype_eps[job->scale_dtype]), scale);
+  vf_store(u->scale + at, scale);
+  vf_store(u->inverse + at, vf_div(vf_set(1), scale));
+  vf_store(u->zero + at, zero);
+}
+
+void FQ_NAME(integer_parameters)(const fq_job *job, const fq_range *ranges, int64_t count, float *scales,
+                                 float *zeros) {
+  span_units u;
+  for (int64_t at = 0; at < count; at += FQ_LANES) {
+    memset(&u, 0, sizeof u);
+    const int64_t n = count - at < FQ_LANES ? count - at : FQ_LANES;
+    for (int64_t i = 0; i < n; i++) {
+      u.amax[i] = (int32_t)ranges[at + i].amax_bits;
+      u.smallest[i] = ranges[at + i].smallest;
+      u.largest[i] = ranges[at + i].largest;
+    }
+    parameters_16(job, &u, 0);
+    memcpy(scales + at, u.scale, (size_t)n * sizeof(float));
+    if (zeros)
+      memcpy(zeros + at, u.zero, (size_t)n * sizeof(float));
+  }
+}
+
+FQ_INLINE void spread(const span_units *u, int64_t units, int64_t blocks_each, span_blocks *b) {
+  int64_t block = 0;
+  float lowest = INFINITY, highest = 0;
+  for (int64_t i = 0; i < units; i++) {
+    const float scale = u->scale[i];
+    lowest = scale < lowest ? scale : lowest;
+    highest = scale > highest ? scale : highest;
+    for (int64_t k = 0; k < blocks_each; k++, block++) {
+      b->scale[block] = scale;
+      b->inverse[block] = u->inverse[i];
+      b->zero[block] = u->zero[i];
+    }
+  }
+  b->division = !(lowest >= 0x1p-100f && highest <= 0x1p100f);
+}
+
+/* The low bits that a 16-bit dtype drops from a float32. A quotient of two values of that dtype is never halfway
+ * between two others (it would need one bit more than the divisor can cancel), nor is its product with the inverse on
+ * the other side: so adding half and cutting rounds it right. A sum can be halfway: round_bf16, round_f16. */
+FQ_INLINE vf round_quotient(vf a, int arithmetic) {
+  const int32_t drop = arithmetic == FQ_BF16 ? 0x10000 : 0x2000;
+  return vi_float(vi_and(vi_add(vf_bits(a), vi_set(drop / 2)), vi_set(-drop)));
+}
+
+/* Codes, and weights again where they are wanted, of n weights (a multiple of 64). */
+FQ_INLINE void quantize_span(const float *x, int64_t n, const span_blocks *b, int bits, int arithmetic, int symmetric,
+                             int division, int measured, int8_t *codes, float *y) {
+  const vf low = vf_set((float)-(1 << (bits - 1))), high = vf_set((float)((1 << (bits - 1)) - 1));
+  for (int64_t at = 0; at < n; at += FQ_STEP) {
+    vi code[FQ_STEP / FQ_LANES];
+    for (int v = 0; v < FQ_STEP / FQ_LANES; v++) {
+      const int64_t i = at + v * FQ_LANES, block = i / FQ_BLOCK;
+      const vf scale = vf_set(b->scale[block]), inverse = vf_set(b->inverse[block]);
+      const vf weight = vf_load(x + i);
+      vf q;
+      if (division)
+        q = vf_div(weight, scale);
+      else if (arithmetic != FQ_F32)
+        q = vf_mul(weight, inverse);
+      else
+        q = vf_quotient(weight, scale, inverse, !symmetric);
+      if (arithmetic != FQ_F32)
+        q = round_quotient(q, arithmetic);
+      if (!symmetric)
+        q = round_to(vf_add(q, vf_set(b->zero[block])), arithmetic);
+      code[v] = vf_nearest(vf_min(vf_max(q, low), high));
+      if (measured) {
+        vf level = vi_convert(code[v]);
+        if (!symmetric)
+          level = vf_sub(level, vf_set(b->zero[block]));
+        vf_store(y + i, vf_mul(level, scale));
+      }
+    }
+    pi parts[FQ_STEP / FQ_PART];
+    memcpy(parts, code, sizeof parts);
+    pack_64(codes + at, parts);
+  }
+}
+
+/* One copy of the loop for each set of options that changes its instructions. */
+FQ_INLINE void quantize_options(const float *x, int64_t n, const span_blocks *b, const fq_job *job, int bits,
+                                int8_t *codes, float *y) {
+#define FQ_LOOP(arithmetic, symmetric, measured)                                                                       \
+  quantize_span(x, n, b, bits, arithmetic, symmetric, 0, measured, codes, y)
+#define FQ_LOOPS(arithmetic)                                                                                           \
+  if (job->symmetric && job->measure)                                                                                  \
+    FQ_LOOP(arithmetic, 1, 1);                                                                                         \
+  else if (job->symmetric)                                                                                             \
+    FQ_LOOP(arithmetic, 1, 0);                                                                                         \
+  else if (job->measure)                                                                                               \
+    FQ_LOOP(arithmetic, 0, 1);                                                                                         \
+  else                                                                                                                 \
+    FQ_LOOP(arithmetic, 0, 0);
+  switch (job->arithmetic) {
+  case FQ_BF16:
+    FQ_LOOPS(FQ_BF16)
+    break;
+  case FQ_F16:
+    FQ_LOOPS(FQ_F16)
+    break;
+  default:
+    FQ_LOOPS(FQ_F32)
+  }
+}
+
+static __attribute__((noinline)) void quantize_extreme(const float *x, int64_t n, const span_blocks *b,
+                                                       const fq_job *job, int8_t *codes, float *y) {
+  quantize_span(x, n, b, job->bits, job->arithmetic, job->symmetric, 1, job->measure, codes, y);
+}
+
+/* Write the codes of n weights from an index on; at the end of a row, also the bytes that fill it up. */
+FQ_INLINE void pack_span(const fq_job *job, int64_t begin, int64_t n, int8_t *codes) {
+  const int64_t row = begin / job->cols, col = begin % job->cols;
+  const int whole_rows = job->row_bytes * 8 == job->cols * job->bits;
+  uint8_t *to = job->data + row * job->row_bytes + col * job->bits / 8;
+  if (job->bits == 8) {
+    memcpy(to, codes, (size_t)n);
+    return;
+  }
+  int64_t i = 0;
+  for (; i + FQ_STEP <= n; i += FQ_STEP)
+    pack_nibbles_64(to + i / 2, codes + i);
+  if (i < n) {
+    uint8_t bytes[FQ_STEP / 2];
+    for (int64_t k = n; k < i + FQ_STEP; k++)
+      codes[k] = -8;
+    pack_nibbles_64(bytes, codes + i);
+    memcpy(to + i / 2, bytes, (size_t)((n - i + 1) / 2));
+  }
+  if (!whole_rows && col + n == job->cols) {
+    const int64_t used = (job->cols + 1) / 2;
+    memset(job->data + row * job->row_bytes + used, 0, (size_t)(job->row_bytes - used));
+  }
+}
+
+void FQ_NAME(integer_reduce)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) {
+  _Alignas(64) float buffer[FQ_SPAN];
+  for (int64_t at = begin; at < end;) {
+    const int64_t stop = span_end(job, at, end), n = stop - at, padded = round_up(n, FQ_STEP);
+    const float *x = load_span(job, at, n, buffer);
+    const uint32_t amax = amax_bits(x, padded);
+    if (amax >= FQ_INFINITY_BITS)
+      note_bad(x, at, n, result);
+    if (amax > result->range.amax_bits)
+      result->range.amax_bits = amax;
+    if (!job->symmetric) {
+      float smallest, largest;
+      extremes(x, padded, &smallest, &largest);
+      result->range.smallest = smallest < result->range.smallest ? smallest : result->range.smallest;
+      result->range.largest = largest > result->range.largest ? largest : result->range.largest;
+    }
+    at = stop;
+  }
+}
+
+/* Ranges, then parameters, of the units that a span joins. */
+FQ_INLINE void span_parameters(const fq_job *job, const float *x, int64_t begin, int64_t n, span_units *u,
+                               span_blocks *b, fq_result *result) {
+  const int64_t units = n / job->unit, first = begin / job->unit;
+  int32_t highest = 0;
+  for (int64_t i = 0; i < units; i++) {
+    const float *from = x + i * job->unit;
+    u->amax[i] = (int32_t)amax_bits(from, job->unit);
+    highest = u->amax[i] > highest ? u->amax[i] : highest;
+    if (!job->symmetric)
+      extremes(from, job->unit, u->smallest + i, u->largest + i);
+  }
+  if (highest >= FQ_INFINITY_BITS)
+    note_bad(x, begin, n, result);
+  for (int64_t i = 0; i < units; i += FQ_LANES)
+    parameters_16(job, u, (int)i);
+  memcpy(job->scales + first, u->scale, (size_t)units * sizeof(float));
+  if (job->zeros)
+    memcpy(job->zeros + first, u->zero, (size_t)units * sizeof(float));
+  spread(u, units, job->unit / FQ_BLOCK, b);
+}
+
+/* The parameters of one unit longer than a span, or of a width that spans do not join. */
+FQ_INLINE void unit_parameters(const fq_job *job, int64_t begin, int64_t end, span_units *u, span_blocks *b,
+                               fq_result *result) {
+  const int64_t unit = job->shared_scale ? 0 : begin / job->unit;
+  if (!job->given_scales) {
+    fq_result found = {.first_bad = -1};
+    FQ_NAME(integer_reduce)(job, begin, end, &found);
+    if (result->first_bad < 0)
+      result->first_bad = found.first_bad;
+    u->amax[0] = (int32_t)found.range.amax_bits;
+    u->smallest[0] = found.range.smallest;
+    u->largest[0] = found.range.largest;
+    parameters_16(job, u, 0);
+    job->scales[unit] = u->scale[0];
+    if (job->zeros)
+      job->zeros[unit] = u->zero[0];
+  } else {
+    u->scale[0] = job->scales[unit];
+    u->inverse[0] = 1.0f / u->scale[0];
+    u->zero[0] = job->zeros ? job->zeros[unit] : 0;
+  }
+  spread(u, 1, FQ_BLOCKS, b);
+}
+
+void FQ_NAME(integer_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) {
+  _Alignas(64) float buffer[FQ_SPAN], again[FQ_SPAN];
+  _Alignas(64) int8_t codes[FQ_SPAN];
+  span_units u;
+  span_blocks b;
+  memset(&u, 0, sizeof u);
+  const int joined = joins_units(job->unit) && !job->given_scales;
+  int64_t known_until = begin; /* b holds the parameters of the unit that ends here */
+  for (int64_t at = begin; at < end;) {
+    const int64_t stop = span_end(job, at, end), n = stop - at, padded = round_up(n, FQ_STEP);
+    if (!joined && at == known_until) {
+      const int64_t unit_end = job->shared_scale ? end : at - at % job->unit + job->unit;
+      known_until = unit_end < end ? unit_end : end;
+      unit_parameters(job, at, known_until, &u, &b, result);
+    }
+    const float *x = load_span(job, at, n, buffer);
+    if (joined)
+      span_parameters(job, x, at, n, &u, &b, result);
+    if (b.division)
+      quantize_extreme(x, padded, &b, job, codes, again);
+    else if (job->bits == 8)
+      quantize_options(x, padded, &b, job, 8, codes, again);
+    else
+      quantize_options(x, padded, &b, job, 4, codes, again);
+    pack_span(job, at, n, codes);
+    if (job->measure)
+      measure(x, again, padded, result);
+    at = stop;
+  }
+}

@@ -1,0 +1,152 @@
+/* Vectors of 16 lanes on every instruction set, so that all of them add in the same order.
+ *
+ * Each simd_*.h defines a part (one register of FQ_PART lanes) and its operations; here 16 / FQ_PART of them make a
+ * vector: vf of float32, vi of int32. Loads and stores take any address.
+ */
+#ifndef FQ_SIMD_H
+#define FQ_SIMD_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "fq.h"
+
+#define FQ_INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#include "simd_avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include "simd_avx2.h"
+#elif defined(__SSE4_2__)
+#include "simd_sse.h"
+#elif defined(__ARM_NEON)
+#include "simd_neon.h"
+#else
+#error "no vector operations for this target: x86-64-v2, AVX2, AVX-512 or NEON are needed"
+#endif
+
+enum { FQ_PARTS = FQ_LANES / FQ_PART };
+
+typedef struct {
+  pf p[FQ_PARTS];
+} vf;
+typedef struct {
+  pi p[FQ_PARTS];
+} vi;
+
+#define FQ_EACH for (int k = 0; k < FQ_PARTS; k++)
+#define FQ_MAP1(name, out, in, expression)                                                                             \
+  FQ_INLINE out name(in a) {                                                                                           \
+    out r;                                                                                                             \
+    FQ_EACH r.p[k] = expression(a.p[k]);                                                                               \
+    return r;                                                                                                          \
+  }
+#define FQ_MAP2(name, type, expression)                                                                                \
+  FQ_INLINE type name(type a, type b) {                                                                                \
+    type r;                                                                                                            \
+    FQ_EACH r.p[k] = expression(a.p[k], b.p[k]);                                                                       \
+    return r;                                                                                                          \
+  }
+
+FQ_MAP2(vf_add, vf, pf_add)
+FQ_MAP2(vf_sub, vf, pf_sub)
+FQ_MAP2(vf_mul, vf, pf_mul)
+FQ_MAP2(vf_div, vf, pf_div)
+FQ_MAP2(vf_min, vf, pf_min) /* a or b if either is NaN; callers do not care which */
+FQ_MAP2(vf_max, vf, pf_max)
+FQ_MAP2(vi_add, vi, pi_add)
+FQ_MAP2(vi_and, vi, pi_and)
+FQ_MAP2(vi_or, vi, pi_or)
+FQ_MAP2(vi_max, vi, pi_max) /* signed */
+FQ_MAP1(vf_bits, vi, vf, pf_bits)
+FQ_MAP1(vi_float, vf, vi, pi_float)     /* the float32 with these bits */
+FQ_MAP1(vf_nearest, vi, vf, pf_nearest) /* to int32, ties to even */
+FQ_MAP1(vf_truncate, vi, vf, pf_truncate)
+FQ_MAP1(vi_convert, vf, vi, pi_convert) /* int32 to float32 */
+
+FQ_MAP1(vi_upper_half, vi, vi, pi_upper_half) /* the upper 16 bits, in the lower ones */
+
+FQ_INLINE vf vf_set(float a) {
+  vf r;
+  FQ_EACH r.p[k] = pf_set(a);
+  return r;
+}
+FQ_INLINE vi vi_set(int32_t a) {
+  vi r;
+  FQ_EACH r.p[k] = pi_set(a);
+  return r;
+}
+FQ_INLINE vf vf_load(const float *a) {
+  vf r;
+  FQ_EACH r.p[k] = pf_load(a + k * FQ_PART);
+  return r;
+}
+FQ_INLINE void vf_store(float *to, vf a) {
+  FQ_EACH pf_store(to + k * FQ_PART, a.p[k]);
+}
+FQ_INLINE vf vf_where_zero(vf test, vf a, vf b) {
+  vf r;
+  FQ_EACH r.p[k] = pf_where_zero(test.p[k], a.p[k], b.p[k]);
+  return r;
+}
+FQ_INLINE vf vf_abs(vf a) { return vi_float(vi_and(vf_bits(a), vi_set(0x7fffffff))); }
+
+/* 16 weights of another dtype as float32, from any address. */
+FQ_INLINE vf vf_load_f16(const char *a) {
+  vf r;
+  FQ_EACH r.p[k] = pf_load_f16(a + k * FQ_PART * 2);
+  return r;
+}
+FQ_INLINE void vf_store_f16(char *to, vf a) {
+  FQ_EACH pf_store_f16(to + k * FQ_PART * 2, a.p[k]);
+}
+FQ_INLINE vf vf_load_bf16(const char *a) {
+  vf r;
+  FQ_EACH r.p[k] = pf_load_bf16(a + k * FQ_PART * 2);
+  return r;
+}
+FQ_INLINE vf vf_load_f64(const char *a) {
+  vf r;
+  FQ_EACH r.p[k] = pf_load_f64(a + k * FQ_PART * 8);
+  return r;
+}
+
+/* Largest or smallest lane. */
+FQ_INLINE int32_t vi_highest(vi a) {
+  pi r = a.p[0];
+  for (int k = 1; k < FQ_PARTS; k++)
+    r = pi_max(r, a.p[k]);
+  return pi_highest(r);
+}
+FQ_INLINE float vf_highest(vf a) {
+  pf r = a.p[0];
+  for (int k = 1; k < FQ_PARTS; k++)
+    r = pf_max(r, a.p[k]);
+  return pf_highest(r);
+}
+FQ_INLINE float vf_lowest(vf a) {
+  pf r = a.p[0];
+  for (int k = 1; k < FQ_PARTS; k++)
+    r = pf_min(r, a.p[k]);
+  return pf_lowest(r);
+}
+
+/* a / b, correctly rounded, from inverse = 1 / b correctly rounded, for 2^-100 <= |b| <= 2^100. With fused
+ * multiply-adds: one correction gives the right side of every half-integer up to 127.5 (tests/cython_core proves it for
+ * every float32 divisor); a second one makes the whole quotient exact (Markstein). */
+FQ_INLINE vf vf_quotient(vf a, vf b, vf inverse, int whole) {
+#ifdef FQ_HAS_FMA
+  vf q = vf_mul(a, inverse), rest;
+  for (int step = 0; step <= whole; step++) {
+    FQ_EACH rest.p[k] = pf_fnma(q.p[k], b.p[k], a.p[k]);
+    FQ_EACH q.p[k] = pf_fma(rest.p[k], inverse.p[k], q.p[k]);
+  }
+  return q;
+#else
+  (void)inverse, (void)whole;
+  return vf_div(a, b);
+#endif
+}
+
+#endif

@@ -1,0 +1,94 @@
+/* AVX2, FMA and F16C: two registers make a vector. */
+#include <immintrin.h>
+
+enum { FQ_PART = 8 };
+#define FQ_HAS_FMA 1
+
+typedef __m256 pf;
+typedef __m256i pi;
+
+#define pf_add _mm256_add_ps
+#define pf_sub _mm256_sub_ps
+#define pf_mul _mm256_mul_ps
+#define pf_div _mm256_div_ps
+#define pf_min _mm256_min_ps
+#define pf_max _mm256_max_ps
+#define pf_fma _mm256_fmadd_ps
+#define pf_fnma _mm256_fnmadd_ps
+#define pf_bits _mm256_castps_si256
+#define pi_float _mm256_castsi256_ps
+#define pf_nearest _mm256_cvtps_epi32
+#define pf_truncate _mm256_cvttps_epi32
+#define pi_convert _mm256_cvtepi32_ps
+#define pf_set _mm256_set1_ps
+#define pi_set _mm256_set1_epi32
+#define pf_load _mm256_loadu_ps
+#define pf_store _mm256_storeu_ps
+#define pi_add _mm256_add_epi32
+#define pi_and _mm256_and_si256
+#define pi_or _mm256_or_si256
+#define pi_max _mm256_max_epi32
+#define pi_upper_half(a) _mm256_srli_epi32(a, 16)
+
+FQ_INLINE int32_t pi_highest(pi a) {
+  __m128i r = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  r = _mm_max_epi32(r, _mm_shuffle_epi32(r, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(r, _mm_shuffle_epi32(r, 0xb1)));
+}
+FQ_INLINE float pf_highest(pf a) {
+  __m128 r = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  r = _mm_max_ps(r, _mm_movehl_ps(r, r));
+  return _mm_cvtss_f32(_mm_max_ss(r, _mm_movehdup_ps(r)));
+}
+FQ_INLINE float pf_lowest(pf a) {
+  __m128 r = _mm_min_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  r = _mm_min_ps(r, _mm_movehl_ps(r, r));
+  return _mm_cvtss_f32(_mm_min_ss(r, _mm_movehdup_ps(r)));
+}
+
+FQ_INLINE pf pf_load_f16(const char *a) {
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)a));
+}
+FQ_INLINE pf pf_load_bf16(const char *a) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)a));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+FQ_INLINE pf pf_load_f64(const char *a) {
+  const __m128 low = _mm256_cvtpd_ps(_mm256_loadu_pd((const double *)a));
+  const __m128 high = _mm256_cvtpd_ps(_mm256_loadu_pd((const double *)(a + 32)));
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1);
+}
+
+/* To 16-bit floats, ties to even. */
+FQ_INLINE void pf_store_f16(char *to, pf a) {
+  _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+/* a where test is zero, else b. */
+FQ_INLINE pf pf_where_zero(pf test, pf a, pf b) {
+  return _mm256_blendv_ps(b, a, _mm256_cmp_ps(test, _mm256_setzero_ps(), _CMP_EQ_OQ));
+}
+
+/* 64 int32 as 64 saturated int8, in order. */
+FQ_INLINE void pack_64(int8_t *to, const pi *a) {
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int half = 0; half < 2; half++, a += 4, to += 32) {
+    const __m256i words_low = _mm256_packs_epi32(a[0], a[1]), words_high = _mm256_packs_epi32(a[2], a[3]);
+    const __m256i mixed = _mm256_packs_epi16(words_low, words_high);
+    _mm256_storeu_si256((__m256i *)to, _mm256_permutevar8x32_epi32(mixed, order));
+  }
+}
+
+/* 64 codes of -8 to 7, plus 8, as 32 bytes: code 2i in the low half of byte i, code 2i + 1 in the high half. */
+FQ_INLINE void pack_nibbles_64(uint8_t *to, const int8_t *codes) {
+  const __m256i weights = _mm256_set1_epi16(0x1001);
+  const __m256i first = _mm256_add_epi8(_mm256_loadu_si256((const __m256i *)codes), _mm256_set1_epi8(8));
+  const __m256i second = _mm256_add_epi8(_mm256_loadu_si256((const __m256i *)(codes + 32)), _mm256_set1_epi8(8));
+  const __m256i low = _mm256_maddubs_epi16(first, weights), high = _mm256_maddubs_epi16(second, weights);
+  _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8));
+}
+
+/* 32 codes of 0 to 15 as 16 bytes: code i in the low half of byte i, code i + 16 in the high half. */
+FQ_INLINE void pack_halves_32(uint8_t *to, const int8_t *codes) {
+  const __m128i low = _mm_loadu_si128((const __m128i *)codes), high = _mm_loadu_si128((const __m128i *)(codes + 16));
+  _mm_storeu_si128((__m128i *)to, _mm_or_si128(low, _mm_slli_epi16(high, 4)));
+}

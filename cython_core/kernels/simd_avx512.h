@@ -1,0 +1,76 @@
+/* AVX-512 F, BW, VL and DQ, with F16C: one register is a whole vector. */
+#include <immintrin.h>
+
+enum { FQ_PART = 16 };
+#define FQ_HAS_FMA 1
+
+typedef __m512 pf;
+typedef __m512i pi;
+
+#define pf_add _mm512_add_ps
+#define pf_sub _mm512_sub_ps
+#define pf_mul _mm512_mul_ps
+#define pf_div _mm512_div_ps
+#define pf_min _mm512_min_ps
+#define pf_max _mm512_max_ps
+#define pf_fma _mm512_fmadd_ps
+#define pf_fnma _mm512_fnmadd_ps
+#define pf_bits _mm512_castps_si512
+#define pi_float _mm512_castsi512_ps
+#define pf_nearest _mm512_cvtps_epi32
+#define pf_truncate _mm512_cvttps_epi32
+#define pi_convert _mm512_cvtepi32_ps
+#define pf_set _mm512_set1_ps
+#define pi_set _mm512_set1_epi32
+#define pf_load _mm512_loadu_ps
+#define pf_store _mm512_storeu_ps
+#define pi_add _mm512_add_epi32
+#define pi_and _mm512_and_si512
+#define pi_or _mm512_or_si512
+#define pi_max _mm512_max_epi32
+#define pi_upper_half(a) _mm512_srli_epi32(a, 16)
+#define pi_highest _mm512_reduce_max_epi32
+#define pf_highest _mm512_reduce_max_ps
+#define pf_lowest _mm512_reduce_min_ps
+
+FQ_INLINE pf pf_load_f16(const char *a) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)a));
+}
+FQ_INLINE pf pf_load_bf16(const char *a) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)a));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+FQ_INLINE pf pf_load_f64(const char *a) {
+  const __m256 low = _mm512_cvtpd_ps(_mm512_loadu_pd(a)), high = _mm512_cvtpd_ps(_mm512_loadu_pd(a + 64));
+  return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+}
+
+/* To 16-bit floats, ties to even. */
+FQ_INLINE void pf_store_f16(char *to, pf a) {
+  _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+/* a where test is zero, else b. */
+FQ_INLINE pf pf_where_zero(pf test, pf a, pf b) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(test, _mm512_setzero_ps(), _CMP_EQ_OQ), b, a);
+}
+
+/* 64 int32 as 64 saturated int8, in order. */
+FQ_INLINE void pack_64(int8_t *to, const pi *a) {
+  const __m512i words_low = _mm512_packs_epi32(a[0], a[1]), words_high = _mm512_packs_epi32(a[2], a[3]);
+  const __m512i mixed = _mm512_packs_epi16(words_low, words_high); /* in each 128 bits: 4 bytes of each source */
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, mixed));
+}
+
+/* 64 codes of -8 to 7, plus 8, as 32 bytes: code 2i in the low half of byte i, code 2i + 1 in the high half. */
+FQ_INLINE void pack_nibbles_64(uint8_t *to, const int8_t *codes) {
+  const __m512i raised = _mm512_add_epi8(_mm512_loadu_si512(codes), _mm512_set1_epi8(8));
+  const __m512i pairs = _mm512_maddubs_epi16(raised, _mm512_set1_epi16(0x1001));
+  _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi16_epi8(pairs));
+}
+
+/* 32 codes of 0 to 15 as 16 bytes: code i in the low half of byte i, code i + 16 in the high half. */
+FQ_INLINE void pack_halves_32(uint8_t *to, const int8_t *codes) {
+  const __m128i low = _mm_loadu_si128((const __m128i *)codes), high = _mm_loadu_si128((const __m128i *)(codes + 16));
+  _mm_storeu_si128((__m128i *)to, _mm_or_si128(low, _mm_slli_epi16(high, 4)));
+}

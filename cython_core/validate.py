@@ -1,0 +1,262 @@
+"""Everything that stands between the wire and a pointer: the checks of one request batch, in the order that is safe.
+
+pyarrow hands a handler offsets, lengths, null counts and text that nobody has looked at. Nothing here touches a value
+before the structure that leads to it has been checked, and nothing walks rows before their number has been.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from flightquant.cython_core._arrow import ListColumn, read_shapes
+from flightquant.errors import InvalidRequestError, TooLargeError
+from flightquant.spec import OVERRIDE_KEYS
+from flightquant.wire import MAX_NAME_BYTES
+
+GIB = 1 << 30
+VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one call may bring. Bytes count the weights as they are sent.
+
+    Attributes
+    ----------
+    max_rows : int
+        Rows of one batch.
+    max_layer_bytes, max_batch_bytes : int
+        Weights of one row, and of one batch.
+    max_call_bytes : int or None
+        Weights of all batches of a call; None for no limit.
+    max_name_bytes, max_dims : int
+        Length of a layer's name in UTF-8 bytes, and axes of a shape.
+    """
+
+    max_rows: int = 65536
+    max_layer_bytes: int = GIB
+    max_batch_bytes: int = GIB
+    max_call_bytes: int | None = None
+    max_name_bytes: int = MAX_NAME_BYTES
+    max_dims: int = 8
+
+
+@dataclass(slots=True)
+class CheckedBatch:
+    """A request batch that passed: where its weights are, and which rows are bad already.
+
+    Attributes
+    ----------
+    names : StringArray
+        Layer names, an empty text where there was none.
+    weights : ListColumn
+        The borrowed weights; it keeps their memory alive.
+    starts, lengths : int64 array of shape (rows,)
+        Address of every row's first weight, and number of weights.
+    matrix : int64 array of shape (rows, 2)
+        Rows and columns of every tensor.
+    shapes : pa.Array of list<int64>
+        As sent, or ``[length]`` where nothing was.
+    failures : dict
+        Row index to (status, error text).
+    """
+
+    names: pa.StringArray
+    weights: ListColumn
+    starts: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    matrix: npt.NDArray[np.int64]
+    shapes: pa.Array
+    failures: dict[int, tuple[str, str]] = field(default_factory=dict)
+
+
+def check_batch(batch: pa.RecordBatch, dtype: str, limits: Limits) -> CheckedBatch:
+    """Check one batch whose schema has passed ``wire.check_request_schema``.
+
+    Raises
+    ------
+    InvalidRequestError
+        The batch breaks Arrow's own rules, so that no row of it can be trusted.
+    TooLargeError
+        It has more rows or bytes, or a longer name, than the limits allow.
+    """
+    rows = batch.num_rows
+    if rows > limits.max_rows:
+        raise TooLargeError(
+            f"the batch has {rows} rows; expected at most {limits.max_rows}",
+            field="num_rows",
+            got=rows,
+            expected=limits.max_rows,
+        )
+    try:
+        batch.validate(full=True)
+    except (pa.ArrowException, ValueError, OverflowError):
+        raise InvalidRequestError(
+            "the batch is not valid Arrow data: offsets, lengths, null counts or text do not fit its buffers",
+            field="batch",
+            expected="a batch that passes Arrow's full validation",
+        ) from None
+    failures: dict[int, tuple[str, str]] = {}
+    names = _check_names(batch.column("layer_name"), limits, failures)
+    column = batch.column("weights")
+    weights, lengths = _borrow(column, VALUE_BYTES[dtype], "weights")
+    _find_nulls(column, weights, failures)
+    if column.null_count:
+        lengths[~column.is_valid().to_numpy(zero_copy_only=False)] = 0
+    _check_sizes(lengths * VALUE_BYTES[dtype], limits, failures)
+    starts = weights.address + weights.offsets[:-1] * VALUE_BYTES[dtype]
+    shapes, matrix = _check_shapes(batch, lengths, limits, failures)
+    return CheckedBatch(names, weights, starts, lengths, matrix, shapes, failures)
+
+
+def _borrow(column: pa.Array, value_bytes: int, name: str) -> tuple[ListColumn, npt.NDArray[np.int64]]:
+    """A list column, borrowed, with its rows' lengths; every range is checked against the buffer's real size."""
+    borrowed = ListColumn(column)
+    offsets = borrowed.offsets
+    lengths = np.diff(offsets)
+    child = column.values.buffers()[1]
+    last = int(offsets[-1]) if len(column) else 0
+    outside = len(column) and (offsets[0] < 0 or (lengths < 0).any())
+    # column.values starts at the child's own offset, which ListColumn adds to the address.
+    available = 0 if child is None else child.size - column.values.offset * value_bytes
+    if outside or last * value_bytes > max(available, 0) or (child is not None and not child.is_cpu):
+        raise InvalidRequestError(
+            f'column "{name}" points outside its buffer', field=name, expected="offsets inside the values' buffer"
+        )
+    return borrowed, lengths
+
+
+def _check_names(column: pa.Array, limits: Limits, failures: dict[int, tuple[str, str]]) -> pa.StringArray:
+    """Names as plain text, none longer than the limit; a dictionary's entries are measured before they are copied."""
+    plain = column.dictionary if pa.types.is_dictionary(column.type) else column
+    longest = pc.max(pc.binary_length(plain)).as_py() or 0
+    if longest > limits.max_name_bytes:
+        raise TooLargeError(
+            f"a layer name is {longest} bytes long; expected at most {limits.max_name_bytes}",
+            field="layer_name",
+            got=longest,
+            expected=limits.max_name_bytes,
+        )
+    names = column.dictionary_decode() if plain is not column else column
+    names = names.cast(pa.utf8()).fill_null("")
+    for i in np.flatnonzero(pc.equal(pc.binary_length(names), 0).to_numpy(zero_copy_only=False)):
+        failures[int(i)] = ("empty_name", f"row {i} has no layer name; expected a text of at least one character")
+    return names
+
+
+def _find_nulls(column: pa.Array, weights: ListColumn, failures: dict[int, tuple[str, str]]) -> None:
+    if column.null_count:
+        for i in np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)):
+            failures.setdefault(int(i), ("null_weights", f"row {i} has null for weights; expected a list"))
+    if not column.values.null_count:
+        return
+    empty = np.flatnonzero(column.values.is_null().to_numpy(zero_copy_only=False))
+    rows = np.searchsorted(weights.offsets, empty, side="right") - 1
+    for row, first in zip(*np.unique(rows, return_index=True), strict=True):
+        index = int(empty[first] - weights.offsets[row]) if 0 <= row < len(column) else -1
+        if index >= 0:
+            failures.setdefault(int(row), ("null_weights", f"weight {index} is null; expected a number"))
+
+
+def _check_sizes(nbytes: npt.NDArray[np.int64], limits: Limits, failures: dict[int, tuple[str, str]]) -> None:
+    total = int(nbytes.sum())
+    if total > limits.max_batch_bytes:
+        raise TooLargeError(
+            f"the batch has {total} bytes of weights; expected at most {limits.max_batch_bytes}",
+            field="weights",
+            got=total,
+            expected=limits.max_batch_bytes,
+        )
+    for i in np.flatnonzero(nbytes > limits.max_layer_bytes):
+        failures.setdefault(
+            int(i),
+            (
+                "too_large",
+                f"the layer has {nbytes[i]} bytes of weights; expected at most {limits.max_layer_bytes} "
+                "(send it in parts with row_offset)",
+            ),
+        )
+
+
+def _check_shapes(
+    batch: pa.RecordBatch, lengths: npt.NDArray[np.int64], limits: Limits, failures: dict[int, tuple[str, str]]
+) -> tuple[pa.Array, npt.NDArray[np.int64]]:
+    """The answer's ``shape`` column, and rows and columns of every tensor."""
+    flat = np.stack([np.minimum(lengths, 1), lengths], axis=1)
+    offsets = np.arange(batch.num_rows + 1, dtype=np.int32)
+    default = pa.ListArray.from_arrays(pa.array(offsets), pa.array(lengths))
+    if "shape" not in batch.schema.names:
+        return default, flat
+    column = batch.column("shape")
+    given = column.is_valid().to_numpy(zero_copy_only=False)
+    borrowed, _ = _borrow(column, 8, "shape")
+    matrix = np.empty((batch.num_rows, 2), np.int64)
+    read_shapes(borrowed, lengths, limits.max_dims, matrix)
+    matrix[~given] = flat[~given]
+    if column.values.null_count:
+        inner = column.values.is_null().to_numpy(zero_copy_only=False)
+        counts = np.concatenate([np.zeros(1, np.int64), np.cumsum(inner)])
+        holed = counts[borrowed.offsets[1:]] - counts[borrowed.offsets[:-1]] > 0
+        matrix[given & holed] = -1
+    for i in np.flatnonzero(matrix[:, 0] < 0):
+        shown = column[int(i)].as_py()[: limits.max_dims + 1]
+        failures.setdefault(
+            int(i),
+            (
+                "shape_mismatch",
+                f"shape {shown} does not fit {lengths[i]} weights; expected at most {limits.max_dims} axes, none "
+                "negative, whose product is the number of weights",
+            ),
+        )
+    shapes = column.cast(pa.list_(pa.int64()))
+    return shapes if given.all() else pc.if_else(pa.array(given), shapes, default), matrix
+
+
+def check_parts(batch: pa.RecordBatch) -> None:
+    """``row_offset`` must not be negative.
+
+    Raises
+    ------
+    InvalidRequestError
+        It is.
+    """
+    if "row_offset" not in batch.schema.names:
+        return
+    smallest = pc.min(batch.column("row_offset")).as_py()
+    if smallest is not None and smallest < 0:
+        raise InvalidRequestError(
+            f'"row_offset" is {smallest}; expected 0 or more', field="row_offset", got=smallest, expected="0 or more"
+        )
+
+
+def read_overrides(batch: pa.RecordBatch) -> list[Mapping[str, Any]] | None:
+    """Each row's non-null option values; None if the batch has no such column."""
+    present = [name for name in OVERRIDE_KEYS if name in batch.schema.names]
+    if not present:
+        return None
+    columns = {name: batch.column(name).to_pylist() for name in present}
+    return [
+        {name: values[i] for name, values in columns.items() if values[i] is not None} for i in range(batch.num_rows)
+    ]
+
+
+def read_global_amax(batch: pa.RecordBatch, failures: dict[int, tuple[str, str]]) -> npt.NDArray[np.float32]:
+    """The ``global_amax`` column as float32 of shape (rows,), NaN where it is null or missing."""
+    none = np.full(batch.num_rows, np.nan, np.float32)
+    if "global_amax" not in batch.schema.names:
+        return none
+    column = batch.column("global_amax")
+    given = column.is_valid().to_numpy(zero_copy_only=False)
+    values: npt.NDArray[np.float32] = np.where(given, column.fill_null(0).to_numpy(zero_copy_only=False), none)
+    for i in np.flatnonzero(given & ~(np.isfinite(values) & (values >= 0))):
+        text = f'"global_amax" is {values[i]}; expected a finite magnitude of 0 or more'
+        failures.setdefault(int(i), ("unsupported", text))
+        values[i] = np.nan
+    return values
