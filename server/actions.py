@@ -111,14 +111,16 @@ def estimate(body: bytes) -> dict[str, Any]:
 
 def _bytes_out(name: str, shape: Any, spec: LayerSpec) -> int:
     good = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS and all(type(size) is int for size in shape)
-    if not good or any(size < 1 for size in shape) or prod(shape) >= 2**63:
+    if not good or any(size < 0 for size in shape) or prod(shape) >= 2**63:
         raise InvalidRequestError(
             f'the shape of "{name[:80]}" is {json.dumps(shape)[:80]}; expected at most {MAX_DIMENSIONS} dimensions, '
-            "each above 0, with a product below 2^63",
+            "none negative, with a product below 2^63",
             field="shapes",
             got=json.dumps(shape)[:80],
         )
     rows, cols = matrix_shape(tuple(shape))
+    if rows * cols == 0:
+        return 0
     if spec.group_size and cols % spec.group_size:
         raise InvalidRequestError(
             f'the rows of "{name[:80]}" hold {cols} weights; expected a multiple of the group size {spec.group_size}',

@@ -57,6 +57,7 @@ class Server:
     def __init__(self, config: ServerConfig, engine: Engine | None = None) -> None:
         self.config = config
         self.engine = engine or Engine(n_threads=config.threads)
+        self._owns_engine = engine is None
         self.admission = Admission(config.max_calls, config.max_bytes_in_flight)
         self.registry = CollectorRegistry()
         build = build_labels(actions.version(self.engine.n_threads))
@@ -144,6 +145,8 @@ class Server:
         log.info("stopped", extra={"fields": {"cut_calls": cut}})
         self._service = None
         self._closing.close()
+        if self._owns_engine and not cut:
+            self.engine.close()
         return cut
 
 

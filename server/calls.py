@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from flightquant.wire import SUMS_HEADER, EndMessage
 
 REQUEST_ID_HEADER = "x-request-id"
+UNKNOWN = "none"
+"""``op`` and ``scheme`` of a call whose command was not read."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
@@ -35,7 +37,7 @@ class Call:
     sums : bool
         Whether the client asked for the quality sums of each batch.
     op, scheme : str
-        What the command asks for; ``none`` until it was read.
+        What the command asks for; :data:`UNKNOWN` until it was read.
     outcome : str
         ``ok``, ``cancelled`` or the code of the error that ended the call.
     bytes_held : int
@@ -46,8 +48,8 @@ class Call:
     method: str
     trace_id: str | None = None
     sums: bool = False
-    op: str = "none"
-    scheme: str = "none"
+    op: str = UNKNOWN
+    scheme: str = UNKNOWN
     peer: str | None = None
     outcome: str = "ok"
     error: str | None = None

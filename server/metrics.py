@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from flightquant.errors import ERRORS, ROW_STATUSES
 from flightquant.server.admission import Admission
-from flightquant.server.calls import Call
+from flightquant.server.calls import UNKNOWN, Call
 from flightquant.spec import OPERATIONS, SCHEMES
 
 STAGES = ("receive", "validate", "queue", "kernel", "write")
@@ -25,7 +25,6 @@ COPY_SITES = ("transport", "service")
 ACTIONS = ("schemes", "estimate", "version")
 OUTCOMES = ("ok", "cancelled", *ERRORS)
 REFUSALS = ("unauthenticated", "permission_denied", "overloaded", "draining")
-UNKNOWN = "none"
 OTHER = "other"
 
 MAX_LAYER_CLASSES = 200

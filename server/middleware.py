@@ -8,7 +8,7 @@ from typing import Any
 from pyarrow import flight
 
 from flightquant.server.admission import Admission
-from flightquant.server.calls import REQUEST_ID_HEADER, Call, Headers
+from flightquant.server.calls import REQUEST_ID_HEADER, UNKNOWN, Call, Headers
 from flightquant.server.faults import Guard
 
 MIDDLEWARE_KEY = "call"
@@ -41,8 +41,8 @@ class CallMiddleware(flight.ServerMiddleware):  # type: ignore[misc]
     def call_completed(self, exception: Exception | None) -> None:
         """The last that is heard of a call, whether it ended well, badly or not at all (a killed client)."""
         if exception is not None and self.call.outcome == "ok":
-            # The handler was done; what it left to Flight could not be sent.
-            self.call.outcome = "cancelled"
+            # Flight refused the first message before any handler ran, or could not send what a handler left to it.
+            self.call.outcome = "invalid_request" if self.call.op == UNKNOWN else "cancelled"
         self._on_end(self.call)
 
 
