@@ -20,19 +20,19 @@ FQ_INLINE void block_scales(span_scales *s, int64_t blocks, float divisor, float
   }
 }
 
-/* The value of largest magnitude, the first where two signs tie; 0 stands for -0 too, as in ggml. */
+/* The value of largest magnitude, the first where two signs tie: zeros too, as in gguf (ggml's C takes them for +0). */
 FQ_INLINE float extreme(const float *x) {
   float smallest, largest;
   extremes(x, FQ_BLOCK, &smallest, &largest);
   if (largest != -smallest)
     return largest > -smallest ? largest : smallest;
-  for (int i = 0; i < FQ_BLOCK && largest != 0; i++) {
+  for (int i = 0; i < FQ_BLOCK; i++) {
     float v;
     memcpy(&v, x + i, sizeof v);
     if (v == largest || v == smallest)
       return v;
   }
-  return 0;
+  return 0; /* NaN: the span is refused */
 }
 
 /* Half away from zero, as roundf: the largest float32 below a half, with the sign of a, then cut. */

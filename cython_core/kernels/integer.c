@@ -266,8 +266,9 @@ void FQ_NAME(integer_quantize)(const fq_job *job, int64_t begin, int64_t end, fq
     else
       quantize_options(x, padded, &b, job, 4, codes, again);
     pack_span(job, at, n, codes);
+    /* not up to padded: past the last unit a step has no parameters */
     if (job->measure)
-      measure(x, again, padded, result);
+      measure(x, again, round_up(n, FQ_LANES), result);
     at = stop;
   }
 }

@@ -42,9 +42,8 @@ def quantize_q8_0(blocks: F32) -> npt.NDArray[np.uint8]:
 def quantize_q4_0(blocks: F32) -> npt.NDArray[np.uint8]:
     """Blocks of shape (n, 32) as bytes of shape (n, 18): ``trunc(x / d + 8.5)``, ``d`` = the extreme value / -8."""
     first = np.abs(blocks).argmax(axis=1)[:, None]
-    extreme = np.take_along_axis(blocks, first, axis=1)
-    # ggml starts from +0, so that a block of zeros of any sign has the scale -0.
-    scales = np.where(extreme == 0, np.float32(0), extreme) / np.float32(-8)
+    # The first of a block of zeros gives the scale its sign, as in gguf (ggml's C code takes any zero for +0).
+    scales = np.take_along_axis(blocks, first, axis=1) / np.float32(-8)
     shifted = blocks * _inverse(scales) + np.float32(8.5)
     codes = np.minimum(np.where(np.isnan(shifted), np.float32(0), shifted).astype(np.uint8), 15)
     return np.concatenate([_half_bytes(scales), codes[:, :16] | codes[:, 16:] << 4], axis=1)
