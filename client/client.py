@@ -82,14 +82,15 @@ class QuantClient:
     def quantize(
         self,
         weights: Any,
-        scheme: str = "int4",
+        scheme: str | None = None,
         *,
+        bit_width: int | None = None,
         granularity: str | None = None,
         group_size: int | None = None,
-        symmetric: bool = True,
+        symmetric: bool | None = None,
         scale_dtype: str | None = None,
-        on_error: str = "row",
-        metrics: bool = True,
+        on_error: str | None = None,
+        metrics: bool | None = None,
         progress: Progress | None = None,
     ) -> pa.Table:
         """Quantize weights on the server: the same table as :func:`flightquant.quantize` gives, ``kernel_ns`` aside.
@@ -98,6 +99,8 @@ class QuantClient:
         ----------
         weights : mapping of names to arrays, pyarrow Table, RecordBatch or reader, or any ``__arrow_c_stream__``
             NumPy, torch, ml_dtypes and pyarrow arrays of float32, float16, bfloat16 or float64; dtypes may be mixed.
+        scheme, bit_width, granularity, group_size, symmetric, scale_dtype, on_error, metrics
+            As in the local call; None: the server's default.
         progress : callable, optional
             Called with ``(layer_name, fraction)`` as answers arrive; the fraction is that layer's.
 
@@ -117,6 +120,7 @@ class QuantClient:
             self.stream(
                 weights,
                 scheme,
+                bit_width=bit_width,
                 granularity=granularity,
                 group_size=group_size,
                 symmetric=symmetric,
@@ -136,14 +140,15 @@ class QuantClient:
     def stream(
         self,
         weights: Any,
-        scheme: str = "int4",
+        scheme: str | None = None,
         *,
+        bit_width: int | None = None,
         granularity: str | None = None,
         group_size: int | None = None,
-        symmetric: bool = True,
+        symmetric: bool | None = None,
         scale_dtype: str | None = None,
-        on_error: str = "row",
-        metrics: bool = True,
+        on_error: str | None = None,
+        metrics: bool | None = None,
         progress: Progress | None = None,
     ) -> Iterator[pa.RecordBatch]:
         """Answer batches as they come, while later weights are still being sent.
@@ -154,6 +159,7 @@ class QuantClient:
         """
         command = Command.build(
             scheme=scheme,
+            bit_width=bit_width,
             granularity=granularity,
             group_size=group_size,
             symmetric=symmetric,

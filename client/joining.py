@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,8 @@ from flightquant.client.batching import Request
 from flightquant.reference.quality import columns
 from flightquant.wire import QUALITY_SUMS
 
-_COSTS = ("kernel_ns", "bytes_in", "bytes_out", "bytes_copied")
+_COSTS = ("kernel_ns", "bytes_in", "bytes_copied")
+_INDEX = re.compile(r"^weight (\d+) ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +78,27 @@ class _Parts:
             if not part.one_scale:
                 changed |= {name: _joined_lists(batches, name) for name in ("scales", "zero_points")}
             packed = b"".join(batch.column("quantized_data")[0].as_buffer() for batch in batches)
+            floats = [changed.get(name, base.column(name)) for name in ("scales", "zero_points")]
             changed["quantized_data"] = pa.array([packed], pa.binary())
+            changed["bytes_out"] = pa.array([len(packed) + 4 * sum(map(_length, floats))], pa.int64())
             changed |= self._quality(base)
-        for name in _COSTS if bad is None else ("kernel_ns", "bytes_in", "bytes_copied"):
+        else:
+            changed["error"] = pa.array([self._error(bad)], pa.utf8())
+        for name in _COSTS:
             total = sum(batch.column(name)[0].as_py() or 0 for batch in batches)
             changed[name] = pa.array([total], pa.int64())
         arrays = [changed.get(name, base.column(name)) for name in base.schema.names]
         return pa.RecordBatch.from_arrays(arrays, schema=base.schema)
+
+    def _error(self, bad: int) -> str | None:
+        """A bad part's sentence, an index in it counted from the layer's beginning."""
+        answer = self.answers[bad]
+        text: str | None = answer.batch.column("error")[0].as_py()
+        part = answer.request.part
+        if text is None or part is None:
+            return text
+        before = part.first * prod(part.shape[1:])
+        return _INDEX.sub(lambda found: f"weight {int(found[1]) + before} ", text)
 
     def _quality(self, base: pa.RecordBatch) -> dict[str, pa.Array]:
         names = ("sqnr_db", "cosine", "max_abs_error")
@@ -94,6 +111,11 @@ class _Parts:
             total[:-1] += part[0, :-1]  # type: ignore[index]
             total[-1] = np.maximum(total[-1], part[0, -1])  # type: ignore[index]
         return dict(zip(names, map(pa.array, columns(total)), strict=True))
+
+
+def _length(column: pa.Array) -> int:
+    """Values in the one row of a list column."""
+    return len(column[0]) if column[0].is_valid else 0
 
 
 def _joined_lists(batches: list[pa.RecordBatch], name: str) -> pa.Array:

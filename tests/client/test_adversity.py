@@ -61,13 +61,13 @@ def no_thread_left() -> bool:
 def test_a_stream_that_is_not_whole_is_a_failed_call(serve: Serve, faults: Any, fault: dict[str, Any]) -> None:
     server = serve(faults(**fault))
     with QuantClient(server.uri, timeout_s=60) as client, pytest.raises(StreamCutError):
-        client.quantize(batches(20))
+        client.quantize(batches(20), "int4")
     assert no_thread_left()
 
 
 def test_another_contract_is_refused(serve: Serve, faults: Any) -> None:
     with QuantClient(serve(faults(contract="2")).uri) as client, pytest.raises(InternalError, match="contract 2"):
-        client.quantize(batches(1))
+        client.quantize(batches(1), "int4")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_what_the_server_says_becomes_our_error(
 ) -> None:
     with QuantClient(serve(faults(fail_after=(after, sent))).uri) as client:
         with pytest.raises(wanted) as caught:
-            client.quantize(batches(20))
+            client.quantize(batches(20), "int4")
         assert "gRPC" not in str(caught.value)
         assert "Detail" not in str(caught.value)
     assert no_thread_left()
@@ -99,7 +99,7 @@ def test_facts_that_the_server_sends_arrive(serve: Serve, faults: Any) -> None:
     facts = b'{"code": "overloaded", "retry_after_s": 1.5, "request_id": "abc"}'
     sent = flight.FlightUnavailableError("overloaded: 8 calls are running", extra_info=facts)
     with QuantClient(serve(faults(fail_after=(0, sent))).uri) as client, pytest.raises(OverloadedError) as caught:
-        client.quantize(batches(1))
+        client.quantize(batches(1), "int4")
     assert (caught.value.retry_after_s, caught.value.request_id) == (1.5, "abc")
     assert caught.value.message == "8 calls are running"
 
@@ -108,7 +108,7 @@ def test_nobody_listens(serve: Serve) -> None:
     server = serve()
     server.shutdown()
     with QuantClient(server.uri, timeout_s=20) as client, pytest.raises(UnavailableError):
-        client.quantize(batches(1))
+        client.quantize(batches(1), "int4")
 
 
 def test_an_address_that_is_none() -> None:
@@ -119,20 +119,20 @@ def test_an_address_that_is_none() -> None:
 @pytest.mark.parametrize("after", [0, 2])
 def test_a_server_that_hangs_meets_the_deadline(serve: Serve, faults: Any, after: int) -> None:
     with QuantClient(serve(faults(hang_after=after)).uri, timeout_s=1) as client, pytest.raises(DeadlineError):
-        client.quantize(batches(20))
+        client.quantize(batches(20), "int4")
     assert no_thread_left()
 
 
 def test_the_deadline_is_that_of_the_whole_call(serve: Serve) -> None:
     with QuantClient(serve().uri, timeout_s=0) as client, pytest.raises(DeadlineError):
-        client.quantize({"a": np.ones(128, np.float32)})
+        client.quantize({"a": np.ones(128, np.float32)}, "int4")
 
 
 @pytest.mark.parametrize("taken", [0, 1])
 def test_leaving_early_cancels_at_once(serve: Serve, faults: Any, taken: int) -> None:
     server = serve(faults(hang_after=taken))
     with QuantClient(server.uri) as client:
-        stream = client.stream(batches(1000))
+        stream = client.stream(batches(1000), "int4")
         if taken:
             next(stream)
         stream.close()  # type: ignore[attr-defined]
@@ -155,7 +155,7 @@ def test_an_error_of_the_callers_own_comes_back_as_it_is(serve: Serve) -> None:
         raise OSError("the disk is gone")
 
     with QuantClient(serve().uri, timeout_s=30) as client, pytest.raises(OSError, match="the disk is gone"):
-        client.quantize(broken())
+        client.quantize(broken(), "int4")
     assert no_thread_left()
 
 
@@ -164,14 +164,14 @@ def test_an_error_in_the_progress_callback_ends_the_call(serve: Serve) -> None:
         raise RuntimeError("no screen")
 
     with QuantClient(serve().uri) as client, pytest.raises(RuntimeError, match="no screen"):
-        client.quantize(batches(10), progress=progress)
+        client.quantize(batches(10), "int4", progress=progress)
     assert no_thread_left()
 
 
 def test_a_schema_that_changes_is_an_error_not_a_hang(serve: Serve) -> None:
     other = layers_batch([as_layer("w", np.ones((1, 128), np.float16))])
     with QuantClient(serve().uri, timeout_s=30) as client, pytest.raises(InvalidRequestError, match="changes"):
-        client.quantize([*batches(1), other])
+        client.quantize([*batches(1), other], "int4")
     assert no_thread_left()
 
 
@@ -185,7 +185,7 @@ def test_a_slow_reader_holds_no_more_than_the_window(serve: Serve) -> None:
             yield batch
 
     with QuantClient(serve().uri, window_batches=4, timeout_s=60) as client:
-        for taken, _ in enumerate(client.stream(counted()), 1):
+        for taken, _ in enumerate(client.stream(counted(), "int4"), 1):
             if taken % 20 == 0:
                 time.sleep(0.05)
             # The window, the batch that waits for it, and the one that was just taken.
@@ -233,7 +233,7 @@ def test_a_killed_server_is_an_error_within_the_deadline() -> None:
         assert process.stdout is not None
         uri = process.stdout.readline().strip()
         with QuantClient(uri, timeout_s=30) as client:
-            stream = client.stream(batches(100))
+            stream = client.stream(batches(100), "int4")
             for _ in range(3):
                 next(stream)
             process.kill()
@@ -250,7 +250,7 @@ from flightquant.client import QuantClient
 server = conftest.ReferenceServer(conftest.Faults(hang_after=0))
 print("ready", flush=True)
 try:
-    QuantClient(server.uri).quantize({{"w": np.ones((4, 128), np.float32)}})
+    QuantClient(server.uri).quantize({{"w": np.ones((4, 128), np.float32)}}, "int4")
 except KeyboardInterrupt:
     left = [t.name for t in threading.enumerate() if t.name.startswith("flightquant-")]
     print("interrupted", left, flush=True)
