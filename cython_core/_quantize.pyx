@@ -188,7 +188,7 @@ cdef class Plan:
         return job.family == FQ_INTEGER and (job.shared_scale or job.unit > FQ_TILE)
 
     cdef int64_t _cut(self, int64_t i, Tile *to, int64_t at) noexcept:
-        """Count a job's tiles, and write them from index ``at`` on if ``to`` is given: whole units, or pieces of one."""
+        """Count a job's tiles, and write them from index ``at`` on if ``to`` is given: whole units, or parts of one."""
         cdef const fq_job *job = &self._jobs[i]
         cdef int64_t begin = 0, end, count = 0
         cdef int64_t step = FQ_TILE // job.unit * job.unit if job.unit <= FQ_TILE else FQ_TILE

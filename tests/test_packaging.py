@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import re
@@ -51,6 +52,10 @@ def test_every_extension_is_compiled_and_has_a_stub(package: str, path: Path) ->
     assert spec is not None
     assert str(spec.origin).endswith(tuple(EXTENSION_SUFFIXES))
     assert path.with_suffix(".pyi").is_file()
+    module = importlib.import_module(f"{package}.{path.stem}")
+    named = {kind.__module__ for kind in vars(module).values() if isinstance(kind, type)}
+    assert module.__name__ in named
+    assert f"cython_core.{path.stem}" not in named
 
 
 def test_the_version_has_one_source() -> None:

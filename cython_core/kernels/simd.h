@@ -82,9 +82,7 @@ FQ_INLINE vf vf_load(const float *a) {
   FQ_EACH r.p[k] = pf_load(a + k * FQ_PART);
   return r;
 }
-FQ_INLINE void vf_store(float *to, vf a) {
-  FQ_EACH pf_store(to + k * FQ_PART, a.p[k]);
-}
+FQ_INLINE void vf_store(float *to, vf a) { FQ_EACH pf_store(to + k * FQ_PART, a.p[k]); }
 FQ_INLINE vf vf_where_zero(vf test, vf a, vf b) {
   vf r;
   FQ_EACH r.p[k] = pf_where_zero(test.p[k], a.p[k], b.p[k]);
@@ -98,9 +96,7 @@ FQ_INLINE vf vf_load_f16(const char *a) {
   FQ_EACH r.p[k] = pf_load_f16(a + k * FQ_PART * 2);
   return r;
 }
-FQ_INLINE void vf_store_f16(char *to, vf a) {
-  FQ_EACH pf_store_f16(to + k * FQ_PART * 2, a.p[k]);
-}
+FQ_INLINE void vf_store_f16(char *to, vf a) { FQ_EACH pf_store_f16(to + k * FQ_PART * 2, a.p[k]); }
 FQ_INLINE vf vf_load_bf16(const char *a) {
   vf r;
   FQ_EACH r.p[k] = pf_load_bf16(a + k * FQ_PART * 2);

@@ -46,9 +46,7 @@ FQ_INLINE float pf_lowest(pf a) {
   return _mm_cvtss_f32(_mm_min_ss(r, _mm_movehdup_ps(r)));
 }
 
-FQ_INLINE pf pf_load_f16(const char *a) {
-  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)a));
-}
+FQ_INLINE pf pf_load_f16(const char *a) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)a)); }
 FQ_INLINE pf pf_load_bf16(const char *a) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)a));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));

@@ -33,9 +33,7 @@ typedef __m512i pi;
 #define pf_highest _mm512_reduce_max_ps
 #define pf_lowest _mm512_reduce_min_ps
 
-FQ_INLINE pf pf_load_f16(const char *a) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)a));
-}
+FQ_INLINE pf pf_load_f16(const char *a) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)a)); }
 FQ_INLINE pf pf_load_bf16(const char *a) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)a));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));

@@ -33,9 +33,7 @@ typedef int32x4_t pi;
 #define pf_highest vmaxvq_f32
 #define pf_lowest vminvq_f32
 
-FQ_INLINE pf pf_load_f16(const char *a) {
-  return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t *)a)));
-}
+FQ_INLINE pf pf_load_f16(const char *a) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t *)a))); }
 FQ_INLINE pf pf_load_bf16(const char *a) {
   return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8((const uint8_t *)a)), 16));
 }
@@ -46,13 +44,9 @@ FQ_INLINE pf pf_load_f64(const char *a) {
 }
 
 /* To 16-bit floats, ties to even. */
-FQ_INLINE void pf_store_f16(char *to, pf a) {
-  vst1_u8((uint8_t *)to, vreinterpret_u8_f16(vcvt_f16_f32(a)));
-}
+FQ_INLINE void pf_store_f16(char *to, pf a) { vst1_u8((uint8_t *)to, vreinterpret_u8_f16(vcvt_f16_f32(a))); }
 /* a where test is zero, else b. */
-FQ_INLINE pf pf_where_zero(pf test, pf a, pf b) {
-  return vbslq_f32(vceqzq_f32(test), a, b);
-}
+FQ_INLINE pf pf_where_zero(pf test, pf a, pf b) { return vbslq_f32(vceqzq_f32(test), a, b); }
 
 /* 64 int32 as 64 saturated int8, in order. */
 FQ_INLINE void pack_64(int8_t *to, const pi *a) {

@@ -75,9 +75,7 @@ FQ_INLINE void pf_store_f16(char *to, pf a) {
   _mm_storel_epi64((__m128i *)to, _mm_packus_epi32(half, half));
 }
 /* a where test is zero, else b. */
-FQ_INLINE pf pf_where_zero(pf test, pf a, pf b) {
-  return _mm_blendv_ps(b, a, _mm_cmpeq_ps(test, _mm_setzero_ps()));
-}
+FQ_INLINE pf pf_where_zero(pf test, pf a, pf b) { return _mm_blendv_ps(b, a, _mm_cmpeq_ps(test, _mm_setzero_ps())); }
 
 /* 64 int32 as 64 saturated int8, in order. */
 FQ_INLINE void pack_64(int8_t *to, const pi *a) {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ from flightquant.reference.numeric import F32, widen
 from flightquant.spec import SCHEMES, Command, LayerSpec
 
 __all__ = ["QuantizedLayer", "dequantize", "dequantize_matrix", "matrix_shape", "packed_bytes", "quantize"]
+
+Size = TypeVar("Size", int, npt.NDArray[np.int64])
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,8 @@ def unit_length(spec: LayerSpec, cols: int) -> int:
     return spec.group_size or cols
 
 
-def packed_bytes(spec: LayerSpec, rows: int, cols: int) -> int:
-    """Bytes of ``quantized_data`` for a matrix."""
+def packed_bytes(spec: LayerSpec, rows: Size, cols: Size) -> Size:
+    """Bytes of ``quantized_data`` for a matrix, or for each of many."""
     if spec.scheme.block_bytes:
         return rows * (cols // spec.group_size) * spec.scheme.block_bytes
     if spec.scheme.bits == 8:
