@@ -42,11 +42,12 @@ def _scheme(scheme: Scheme) -> dict[str, Any]:
         "bits": scheme.bits,
         "granularities": list(scheme.granularities),
         "group_sizes": sorted(scheme.group_sizes),
+        "default_group_size": scheme.group_sizes[0],
         "scale_dtypes": list(scheme.scale_dtypes),
         "options": options,
         "defaults": {
             "granularity": default.granularity,
-            "group_size": default.group_size or scheme.group_sizes[0],
+            "group_size": default.group_size or None,
             "symmetric": default.symmetric,
             "scale_dtype": default.scale_dtype or ("the weights' own" if scheme.scale_dtypes else "float16"),
         },

@@ -53,7 +53,7 @@ def as_fault(error: BaseException, call: Call) -> FlightquantError:
 
     What was not meant for the client goes to the log, with its traceback.
     """
-    if isinstance(error, FlightquantError) and error.code in _FLIGHT_ERRORS and not isinstance(error, InternalError):
+    if isinstance(error, FlightquantError) and error.code in _FLIGHT_ERRORS and error.code != InternalError.code:
         error.request_id = call.request_id
         return error
     log.error("unexpected error", exc_info=error, extra={"fields": {"request_id": call.request_id}})

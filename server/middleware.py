@@ -7,6 +7,7 @@ from typing import Any
 
 from pyarrow import flight
 
+from flightquant.errors import InvalidRequestError
 from flightquant.server.admission import Admission
 from flightquant.server.calls import REQUEST_ID_HEADER, UNKNOWN, Call, Headers
 from flightquant.server.faults import Guard
@@ -24,6 +25,7 @@ _METHODS = {
     "DO_EXCHANGE": "DoExchange",
     "HANDSHAKE": "Handshake",
 }
+OFFERED = ("DoExchange", "DoAction", "ListActions")
 
 
 class CallMiddleware(flight.ServerMiddleware):  # type: ignore[misc]
@@ -65,11 +67,29 @@ class CallMiddlewareFactory(flight.ServerMiddlewareFactory):  # type: ignore[mis
         call = Call.from_headers(_METHODS.get(info.method.name, "other"), headers)
         try:
             with Guard(call):
+                check_method(call.method)
                 self._admission.enter(call)
         except flight.FlightError:
             self._on_end(call)
             raise
         return CallMiddleware(call, self._on_end)
+
+
+def check_method(method: str) -> None:
+    """Refuse what is not offered here: a body is not read, and pyarrow's GetSchema sends the traceback of any error.
+
+    Raises
+    ------
+    InvalidRequestError
+        The method is none of :data:`OFFERED`.
+    """
+    if method not in OFFERED:
+        raise InvalidRequestError(
+            f"this server has no {method}; expected DoExchange with a command, DoAction or ListActions",
+            field="method",
+            got=method,
+            expected=OFFERED,
+        )
 
 
 def call_of(context: Any) -> Call:

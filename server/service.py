@@ -1,4 +1,7 @@
-"""The Flight service: every method hands over to what does the work, inside the guard that keeps errors typed."""
+"""The Flight service: every method hands over to what does the work, inside the guard that keeps errors typed.
+
+Methods that are not here are refused by the middleware, on their headers.
+"""
 
 from __future__ import annotations
 
@@ -63,35 +66,6 @@ class QuantService(flight.FlightServerBase):  # type: ignore[misc]
         """Every action, with a line about it."""
         with Guard(call_of(context)):
             return list(actions.DESCRIPTIONS.items())
-
-    def list_flights(self, context: Any, criteria: bytes) -> None:
-        """Not offered."""
-        self._refuse(context, "ListFlights")
-
-    def get_flight_info(self, context: Any, descriptor: Any) -> None:
-        """Not offered."""
-        self._refuse(context, "GetFlightInfo")
-
-    def get_schema(self, context: Any, descriptor: Any) -> None:
-        """Not offered."""
-        self._refuse(context, "GetSchema")
-
-    def do_get(self, context: Any, ticket: Any) -> None:
-        """Not offered."""
-        self._refuse(context, "DoGet")
-
-    def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        """Not offered."""
-        self._refuse(context, "DoPut")
-
-    def _refuse(self, context: Any, method: str) -> None:
-        with Guard(call_of(context)):
-            raise InvalidRequestError(
-                f"this server has no {method}; expected DoExchange with a command, DoAction or ListActions",
-                field="method",
-                got=method,
-                expected=("DoExchange", "DoAction", "ListActions"),
-            )
 
 
 def build_labels(facts: Mapping[str, Any]) -> dict[str, str]:

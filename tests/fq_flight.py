@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -127,13 +128,14 @@ def fails(
     headers: Mapping[str, str] | None = None,
 ) -> Failure:
     """Run an exchange that must fail, and check what holds for every failure."""
-    sent = list(batches)
     reply = Reply()
-    if schema is None and sent:
-        schema = sent[0].schema
+    if schema is None:
+        first = list(itertools.islice(batches, 1))
+        schema = first[0].schema if first else None
+        batches = batches if isinstance(batches, list) else itertools.chain(first, batches)
     with open_exchange(client, command, schema, headers) as (writer, reader):
         with pytest.raises(pa.ArrowException) as caught:
-            _run(writer, reader, sent, reply)
+            _run(writer, reader, batches, reply)
         assert reply.end is None
     return Failure(caught.value, check_error(caught.value), reply)
 

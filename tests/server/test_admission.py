@@ -1,0 +1,205 @@
+"""Who is let in: decided on the headers, before a body costs anything."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+from fq_flight import check_error, eventually, exchange, fails, open_exchange, sample
+from fq_testing import request
+from pyarrow import flight
+
+from flightquant.errors import DrainingError, OverloadedError
+from flightquant.server.admission import Admission
+from flightquant.server.app import Server, running_server
+from flightquant.server.calls import Call
+from flightquant.server.config import ServerConfig
+
+BATCH = request({"a": np.ones((1, 32), np.float32)})
+COMMAND = {"scheme": "int8"}
+
+
+@contextmanager
+def serving(**options: Any) -> Iterator[tuple[Server, flight.FlightClient]]:
+    """A server with options of its own, and a client of it."""
+    config = ServerConfig(location="grpc://127.0.0.1:0", metrics_port=0, health_port=0, grace_s=5.0, **options)
+    with running_server(config) as server, flight.connect(server.location) as client:
+        yield server, client
+
+
+def test_one_call_too_many_is_refused_and_may_come_again() -> None:
+    with serving(max_calls=2) as (server, client):
+        with ExitStack() as stack:
+            for _ in range(2):
+                writer, reader = stack.enter_context(open_exchange(client, COMMAND, BATCH.schema))
+                writer.write_batch(BATCH)
+                reader.read_chunk()
+            assert server.admission.calls == 2
+            failure = fails(client, COMMAND, schema=BATCH.schema)
+            assert failure.extra["code"] == "overloaded"
+            assert failure.extra["retry_after_s"] > 0
+            assert (failure.extra["got"], failure.extra["expected"]) == (2, 2)
+            assert sample(server, "refusals_total", code="overloaded") == 1
+            assert sample(server, "exchanges_total", op="none", scheme="none", outcome="overloaded") == 1
+        eventually(lambda: server.admission.calls == 0)
+        assert exchange(client, COMMAND, [BATCH]).end["rows"] == 1
+        assert server.admission.peak_calls == 2
+
+
+def test_a_refused_body_is_not_read() -> None:
+    body = request({"big": np.zeros((64, 1 << 20), np.float32)})
+    with serving(max_calls=1) as (_, client), open_exchange(client, COMMAND, BATCH.schema) as (writer, reader):
+        writer.write_batch(BATCH)
+        reader.read_chunk()
+        process = psutil.Process()
+        before = process.memory_info().rss
+        assert fails(client, COMMAND, [body]).extra["code"] == "overloaded"
+        # Client and server are one process here: the client's own copies in gRPC count too, and are given back.
+        assert process.memory_info().rss - before < 200 << 20
+
+
+def test_a_draining_server_refuses_new_calls_and_lets_running_ones_end() -> None:
+    with serving() as (server, client), open_exchange(client, COMMAND, BATCH.schema) as (writer, reader):
+        writer.write_batch(BATCH)
+        reader.read_chunk()
+        server.admission.drain()
+        failure = fails(client, COMMAND, schema=BATCH.schema)
+        assert failure.extra["code"] == "draining"
+        assert failure.extra["retry_after_s"] > 0
+        with pytest.raises(flight.FlightUnavailableError) as caught:
+            list(client.do_action("version"))
+        assert check_error(caught.value)["code"] == "draining"
+        writer.write_batch(BATCH)
+        assert reader.read_chunk().data.num_rows == 1
+        writer.done_writing()
+        assert reader.read_chunk().app_metadata.to_pybytes().startswith(b'{"complete": true, "rows": 2,')
+        assert sample(server, "refusals_total", code="draining") == 2
+
+
+def test_running_calls_are_told_when_the_grace_period_ends() -> None:
+    with serving() as (server, client), open_exchange(client, COMMAND, BATCH.schema) as (writer, reader):
+        writer.write_batch(BATCH)
+        reader.read_chunk()
+        server.admission.end_calls()
+        writer.write_batch(BATCH)
+        with pytest.raises(flight.FlightUnavailableError) as caught:
+            reader.read_chunk()
+        assert check_error(caught.value)["code"] == "draining"
+
+
+def test_a_call_has_a_longest_time() -> None:
+    with (
+        serving(call_timeout_s=0.3) as (server, client),
+        open_exchange(client, COMMAND, BATCH.schema) as (writer, reader),
+    ):
+        with pytest.raises(flight.FlightTimedOutError) as caught:
+            while True:
+                writer.write_batch(BATCH)
+                reader.read_chunk()
+        extra = check_error(caught.value)
+        assert (extra["code"], extra["field"], extra["expected"]) == ("deadline", "call_timeout_s", 0.3)
+        eventually(lambda: sample(server, "exchanges_total", op="quantize", scheme="int8", outcome="deadline") == 1)
+
+
+def test_bytes_in_flight_hold_back_running_calls_and_refuse_new_ones() -> None:
+    with (
+        serving(max_bytes_in_flight=1000) as (server, client),
+        open_exchange(client, COMMAND, BATCH.schema) as (
+            writer,
+            reader,
+        ),
+    ):
+        writer.write_batch(BATCH)
+        reader.read_chunk()
+        hog = Call("hog", "DoExchange")
+        server.admission.hold(hog, 1000)
+        assert fails(client, COMMAND, schema=BATCH.schema).extra["field"] == "max_bytes_in_flight"
+        # The running call may have one read under way; the next one waits until there is room.
+        answers: list[Any] = []
+        reading = threading.Thread(target=lambda: answers.extend(reader.read_chunk() for _ in range(3)))
+        reading.start()
+        for _ in range(3):
+            writer.write_batch(BATCH)
+        reading.join(0.3)
+        held_back = len(answers)
+        server.admission.leave(hog)
+        reading.join()
+        assert held_back < 3
+        assert len(answers) == 3
+        writer.done_writing()
+        assert reader.read_chunk().data is None
+        eventually(lambda: server.admission.bytes_held == 0)
+
+
+def test_what_was_counted_is_given_back() -> None:
+    admission = Admission(max_calls=1, max_bytes=100)
+    call = Call("a", "DoExchange")
+    admission.enter(call)
+    admission.hold(call, 70)
+    admission.hold(call, 30)
+    assert (admission.calls, admission.bytes_held) == (1, 30)
+    admission.leave(call)
+    admission.leave(call)
+    assert (admission.calls, admission.bytes_held, admission.peak_calls) == (0, 0, 1)
+    admission.hold(call, 100)
+    with pytest.raises(OverloadedError):
+        admission.enter(Call("b", "DoExchange"))
+    admission.drain()
+    with pytest.raises(DrainingError):
+        admission.enter(Call("c", "DoExchange"))
+
+
+def test_ids_and_traces_come_from_the_headers() -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    call = Call.from_headers(
+        "DoExchange", {"x-request-id": ["a-1"], "traceparent": [f"00-{trace}-b7ad6b7169203331-01"]}
+    )
+    assert (call.request_id, call.trace_id, call.sums) == ("a-1", trace, False)
+
+
+@pytest.mark.parametrize(
+    "values", [[], ["a", "b"], [""], ["a b"], ["a\nb"], ["x" * 129], [b"raw"], ["\u00e9"]], ids=repr
+)
+def test_an_id_that_is_not_fit_to_be_logged_is_replaced(values: list[Any]) -> None:
+    call = Call.from_headers("DoExchange", {"x-request-id": values, "traceparent": ["00-zz"]})
+    assert len(call.request_id) == 32
+    assert call.trace_id is None
+
+
+def test_the_id_is_told_to_the_client_and_to_nobody_else(client: flight.FlightClient) -> None:
+    first = fails(client, {}, schema=BATCH.schema).extra["request_id"]
+    second = fails(client, {}, schema=BATCH.schema).extra["request_id"]
+    assert first != second
+    named = fails(client, {}, schema=BATCH.schema, headers={"x-request-id": "abc.1"})
+    assert named.extra["request_id"] == "abc.1"
+
+
+def test_the_answer_names_the_call(server: Server) -> None:
+    seen: dict[str, Any] = {}
+
+    class Watch(flight.ClientMiddleware):  # type: ignore[misc]
+        def received_headers(self, headers: dict[str, Any]) -> None:
+            seen.update(headers)
+
+    class Factory(flight.ClientMiddlewareFactory):  # type: ignore[misc]
+        def start_call(self, info: Any) -> Watch:
+            return Watch()
+
+    with flight.FlightClient(server.location, middleware=[Factory()]) as client:
+        exchange(client, COMMAND, [BATCH], headers={"x-request-id": "abc.2"})
+    assert seen["x-request-id"] == ["abc.2"]
+
+
+def test_pool_and_batches_are_given_back(client: flight.FlightClient) -> None:
+    batch = request({"a": np.ones((256, 1024), np.float32)})
+    exchange(client, COMMAND, [batch])
+    before = pa.total_allocated_bytes()
+    for _ in range(5):
+        exchange(client, COMMAND, [batch] * 4)
+    eventually(lambda: pa.total_allocated_bytes() <= before + (64 << 10))
