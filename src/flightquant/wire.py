@@ -117,6 +117,15 @@ def check_request_schema(schema: pa.Schema) -> str:
             got=len(schema),
             expected=MAX_COLUMNS,
         )
+    try:
+        return _check_columns(schema)
+    except UnicodeDecodeError:
+        raise InvalidRequestError(
+            "a name in the schema is not UTF-8", field="schema", expected="names in UTF-8"
+        ) from None
+
+
+def _check_columns(schema: pa.Schema) -> str:
     names = schema.names
     for name in ("layer_name", "weights"):
         if name not in names:

@@ -233,6 +233,13 @@ def test_a_schema_of_very_many_columns_is_refused() -> None:
     assert refusal(pa.schema([])).field == "layer_name"
 
 
+@pytest.mark.parametrize("name", ["x_aaaa", "layer_name", "x_in"])
+def test_names_that_are_not_utf8_are_refused(name: str) -> None:
+    schema = schema_with(pa.field("x_aaaa", pa.int8()), pa.field("x_s", pa.struct([("x_in", pa.string_view())])))
+    raw = schema.serialize().to_pybytes().replace(name.encode(), b"\xff\xfe" + name.encode()[2:])
+    refusal(pa.ipc.read_schema(pa.py_buffer(raw)))
+
+
 def test_the_answer_schema_is_the_contracts() -> None:
     echoed = pa.field("x_note", pa.list_(pa.int16()), metadata={"a": "b"})
     schema = answer_schema(schema_with(echoed, pa.field("row_offset", pa.int64())))
