@@ -1,0 +1,181 @@
+"""Tables for people: what a conversion did, what a file holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from flightquant.client import compressed
+from flightquant.client.convert import Conversion, LayerResult
+from flightquant.client.safetensors import FLOATS, SafetensorsFile
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def size(nbytes: float) -> str:
+    """Bytes with a unit, three digits: ``14.2 MB``."""
+    for unit in _UNITS:
+        if abs(nbytes) < 999.5 or unit == _UNITS[-1]:
+            return f"{nbytes:.0f} {unit}" if unit == "B" or abs(nbytes) >= 99.95 else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    raise AssertionError
+
+
+def count(number: float) -> str:
+    """A count with a letter: ``10.6 M``."""
+    for letter in ("", " k", " M", " G"):
+        if abs(number) < 999.5 or letter == " G":
+            return f"{number:.3g}{letter}"
+        number /= 1000
+    raise AssertionError
+
+
+def console() -> Console:
+    """Standard output; wide where nobody's window bounds it."""
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=140)
+
+
+def layer_table(layers: Sequence[LayerResult], width: int) -> Table:
+    """One line for each layer class, and the total; fewer columns where ``width`` characters do not hold all."""
+    wide = width >= 100
+    table = Table(pad_edge=False, box=None, padding=(0, 2 if wide else 1, 0, 0), header_style="bold")
+    table.add_column("layer class", overflow="fold", style="cyan")
+    headings = ["n", "weights", "in", "out", "bits/w", "SQNR dB", "worst", "kernels"]
+    shown = [i for i, heading in enumerate(headings) if wide or heading not in ("bits/w", "worst")]
+    for i in shown:
+        table.add_column(headings[i] if wide else headings[i].split()[0], justify="right", no_wrap=True)
+    classes: dict[str, list[LayerResult]] = {}
+    for layer in layers:
+        classes.setdefault(compressed.module_of(layer.layer_class), []).append(layer)
+    for name, members in classes.items():
+        cells = _sums(members)
+        table.add_row(name, *(cells[i] for i in shown))
+    table.add_section()
+    cells = _sums(layers)
+    table.add_row("all", *(cells[i] for i in shown), style="bold")
+    return table
+
+
+def _sums(layers: Sequence[LayerResult]) -> list[str]:
+    weights = sum(layer.weights for layer in layers)
+    bytes_out = sum(layer.bytes_out for layer in layers)
+    ratios = [layer.sqnr_db for layer in layers]
+    return [
+        str(len(layers)),
+        count(weights),
+        size(sum(layer.bytes_in for layer in layers)),
+        size(bytes_out),
+        f"{8 * bytes_out / weights:.2f}",
+        f"{np.mean(ratios):.1f}",
+        f"{min(ratios):.1f}",
+        f"{sum(layer.kernel_ns for layer in layers) / 1e6:.1f} ms",
+    ]
+
+
+def print_conversion(console: Console, result: Conversion, target: str) -> None:
+    """The whole summary of a conversion."""
+    console.print(layer_table(result.layers, console.width))
+    console.print()
+    bytes_in = sum(layer.bytes_in for layer in result.layers)
+    kernel_s = sum(layer.kernel_ns for layer in result.layers) / 1e9
+    copied = sum(layer.bytes_copied for layer in result.layers)
+    console.print(
+        f"{len(result.layers)} layers, {size(bytes_in)} read, quantized and written in {result.seconds:.2f} s: "
+        f"{bytes_in / 1e9 / result.seconds:.2f} GB/s, kernels {kernel_s / result.seconds:.0%} of the time, "
+        f"{size(copied)} copied",
+        highlight=False,
+    )
+    if result.kept:
+        why = Counter(_broad(reason) for reason in result.kept.values())
+        listed = ", ".join(f"{number} {reason}" for reason, number in why.most_common())
+        console.print(
+            f"kept as they are: {len(result.kept)} tensors, {size(result.kept_bytes)} ({listed})", highlight=False
+        )
+    share = result.file_bytes_out / result.file_bytes_in
+    console.print(
+        f"[green]{target}[/]: {size(result.file_bytes_out)}, {share:.0%} of {size(result.file_bytes_in)}",
+        highlight=False,
+    )
+
+
+def _broad(reason: str) -> str:
+    """Reasons that differ only by a shape, as one."""
+    return "of other than two dimensions" if reason.startswith("shape") else reason
+
+
+def print_inspection(console: Console, file: SafetensorsFile) -> None:
+    """Every tensor of a file, quantized weights as one line each."""
+    args = compressed.read_configuration(file.metadata)
+    table = Table(pad_edge=False, box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("tensor", overflow="fold", style="cyan")
+    table.add_column("scheme", no_wrap=True)
+    for heading in ("shape", "bits/w", "size", "scales"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    quantized = [name.removesuffix("_packed") for name in file.tensors if name.endswith(".weight_packed")]
+    parts = {f"{name.removesuffix('weight')}{suffix}" for name in quantized for suffix in compressed.SUFFIXES}
+    dense = [name for name in file.tensors if name not in parts]
+    weights = packed = 0
+    for name in sorted(quantized + dense, key=_natural):
+        if name in dense:
+            info = file.tensors[name]
+            table.add_row(name, Text(info.dtype, style="dim"), _shape(info.shape), "", size(info.nbytes), "")
+            continue
+        row, n, nbytes = _quantized_row(file, name, args)
+        weights, packed = weights + n, packed + nbytes
+        table.add_row(*row)
+    console.print(table)
+    console.print()
+    if quantized:
+        console.print(
+            f"{len(quantized)} quantized weights: {count(weights)} weights in {size(packed)}, "
+            f"{8 * packed / weights:.2f} bits each",
+            highlight=False,
+        )
+    dense_bytes = sum(file.tensors[name].nbytes for name in dense)
+    console.print(f"{len(dense)} other tensors: {size(dense_bytes)}", highlight=False)
+    for key, value in file.metadata.items():
+        console.print(f"metadata {key}: {value}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts ``layer.2`` before ``layer.10``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _quantized_row(file: SafetensorsFile, name: str, args: dict[str, Any] | None) -> tuple[list[str], int, int]:
+    base = name.removesuffix("weight")
+    nbytes = sum(file.tensors[base + suffix].nbytes for suffix in compressed.SUFFIXES if base + suffix in file.tensors)
+    info = file.tensors.get(f"{base}weight_shape")
+    shape = file.array(f"{base}weight_shape").tolist() if info is not None and info.dtype == "I64" else []
+    n = int(np.prod(shape)) if shape else 0
+    cells = [name, _scheme(args), _shape(shape), f"{8 * nbytes / n:.2f}" if n else "", size(nbytes)]
+    return [*cells, _scale_range(file, f"{base}weight_scale")], n, nbytes
+
+
+def _scheme(args: dict[str, Any] | None) -> str:
+    if args is None:
+        return "packed"
+    covers = f"g{args['group_size']}" if args.get("group_size") else str(args.get("strategy", ""))
+    sign = "sym" if args.get("symmetric", True) else "asym"
+    return f"{args.get('type', 'int')}{args.get('num_bits', '?')} {covers} {sign}"
+
+
+def _scale_range(file: SafetensorsFile, name: str) -> str:
+    info = file.tensors.get(name)
+    if info is None or info.dtype not in FLOATS or not info.nbytes:
+        return ""
+    scales = file.array(name)
+    if info.dtype == "BF16":
+        scales = (scales.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return f"{scales.min():.2g} .. {scales.max():.2g} {info.dtype}"
