@@ -91,7 +91,7 @@ cdef class ListColumn:
         cdef int64_t[::1] out = offsets
         cdef const char *from_
         cdef int64_t width
-        cdef int32_t narrow
+        cdef int32_t narrow = 0
         if kind.startswith(b"+w:"):
             width = int(kind[3:])
             for i in range(rows + 1):
@@ -128,7 +128,7 @@ def read_shapes(ListColumn column, const int64_t[::1] lengths, int max_dims, int
     """
     cdef const int64_t[::1] offsets = column.offsets
     cdef const char *values = <const char *>column.address
-    cdef int64_t extent, last, product, limit
+    cdef int64_t extent = 0, last, product, limit
     cdef Py_ssize_t i, k
     cdef bint good, empty
     for i in range(lengths.shape[0]):

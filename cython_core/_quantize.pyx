@@ -5,7 +5,7 @@ fill the cores. The caller runs it slice by slice (``engine.py``), to look after
 """
 
 from cython.parallel cimport prange
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
@@ -31,8 +31,7 @@ cdef extern from "fq.h" nogil:
         int64_t n, unit, cols, row_bytes
         int32_t family, dtype, arithmetic, scale_dtype, bits, symmetric, shared_scale, given_scales, measure
     ctypedef struct fq_range:
-        uint32_t amax_bits
-        float smallest, largest
+        int32_t high, low
     ctypedef struct fq_result:
         double sum_x2, sum_e2, sum_xe
         float max_error
@@ -243,13 +242,12 @@ cdef class Plan:
                 and unit == (0 if job.shared_scale else self._reduce_tiles[i].begin // job.unit)
             ):
                 found = &self._reduced[i]
-                range_.amax_bits = max(range_.amax_bits, found.range.amax_bits)
-                range_.smallest = min(range_.smallest, found.range.smallest)
-                range_.largest = max(range_.largest, found.range.largest)
+                range_.high = max(range_.high, found.range.high)
+                range_.low = max(range_.low, found.range.low)
                 i += 1
             given = self._given_amax[j]
             if job.shared_scale and job.symmetric and given == given:
-                memcpy(&range_.amax_bits, &given, sizeof(given))
+                memcpy(&range_.high, &given, sizeof(given))
             self._kernels.parameters(
                 job, &range_, 1, job.scales + unit, NULL if job.zeros == NULL else job.zeros + unit)
             job.given_scales = 1

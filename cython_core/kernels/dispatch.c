@@ -19,7 +19,7 @@ extern const fq_kernels fq_kernels_neon;
 
 static int always(void) { return 1; }
 
-#ifdef FQ_HAVE_AVX2
+#if defined(FQ_HAVE_AVX2) || defined(FQ_HAVE_AVX512)
 static int has_avx2(void) {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }

@@ -39,11 +39,11 @@ typedef struct fq_job {
   int32_t measure;      /* fill the quality sums */
 } fq_job;
 
-/* What is known of some weights before their scale. */
+/* What is known of some weights before their scale, as bits of float32, which order like the magnitudes they stand
+ * for; 0x7f800000 or more says that a weight is not finite. */
 typedef struct fq_range {
-  uint32_t amax_bits; /* largest |x| as the bits of a float32: >= 0x7f800000 if any x is not finite */
-  float smallest;     /* at most 0 */
-  float largest;      /* at least 0 */
+  int32_t high; /* max(0, largest x); of symmetric jobs the largest |x| */
+  int32_t low;  /* max(0, largest -x); of symmetric jobs 0 */
 } fq_range;
 
 typedef struct fq_result {

@@ -2,6 +2,7 @@
 #include "families.h"
 
 typedef struct {
+  _Alignas(64) int32_t high[FQ_BLOCKS], low[FQ_BLOCKS];
   _Alignas(64) float scale[FQ_BLOCKS], inverse[FQ_BLOCKS], bias[FQ_BLOCKS];
   _Alignas(64) char half[FQ_BLOCKS * 2]; /* scale as float16 */
 } span_scales;
@@ -20,19 +21,21 @@ FQ_INLINE void block_scales(span_scales *s, int64_t blocks, float divisor, float
   }
 }
 
-/* The value of largest magnitude, the first where two signs tie: zeros too, as in gguf (ggml's C takes them for +0). */
-FQ_INLINE float extreme(const float *x) {
-  float smallest, largest;
-  extremes(x, FQ_BLOCK, &smallest, &largest);
-  if (largest != -smallest)
-    return largest > -smallest ? largest : smallest;
-  for (int i = 0; i < FQ_BLOCK; i++) {
+/* The value of largest magnitude of a block whose range is known, the first where two signs tie; 0 stands for -0 too,
+ * as in ggml. */
+FQ_INLINE float extreme(const float *x, int32_t high, int32_t low) {
+  float value;
+  const int32_t bits = high > low ? high : low;
+  memcpy(&value, &bits, sizeof value);
+  if (high > low || bits == 0)
+    return value;
+  for (int i = 0; i < FQ_BLOCK && high == low; i++) {
     float v;
     memcpy(&v, x + i, sizeof v);
-    if (v == largest || v == smallest)
+    if (v == value || v == -value)
       return v;
   }
-  return 0; /* NaN: the span is refused */
+  return -value;
 }
 
 /* Half away from zero, as roundf: the largest float32 below a half, with the sign of a, then cut. */
@@ -41,8 +44,7 @@ FQ_INLINE vi round_away(vf a) {
   return vf_truncate(vf_add(a, vi_float(vi_or(sign, vf_bits(vf_set(0x1.fffffep-2f))))));
 }
 
-FQ_INLINE void quantize_blocks(const fq_job *job, int q8, int measured, int64_t begin, int64_t end,
-                               fq_result *result) {
+FQ_INLINE void quantize_blocks(const fq_job *job, int q8, int measured, int64_t begin, int64_t end, fq_result *result) {
   _Alignas(64) float buffer[FQ_SPAN], again[FQ_SPAN];
   _Alignas(64) int8_t codes[FQ_SPAN];
   span_scales s;
@@ -51,20 +53,24 @@ FQ_INLINE void quantize_blocks(const fq_job *job, int q8, int measured, int64_t 
   for (int64_t at = begin; at < end;) {
     const int64_t stop = span_end(job, at, end), n = stop - at, blocks = n / FQ_BLOCK;
     const float *x = load_span(job, at, n, buffer);
-    uint32_t highest = 0;
-    for (int64_t b = 0; b < blocks; b++) {
-      const uint32_t bits = amax_bits(x + b * FQ_BLOCK, FQ_BLOCK);
-      highest = bits > highest ? bits : highest;
-      if (q8)
-        memcpy(s.scale + b, &bits, sizeof bits);
-      else
-        s.scale[b] = extreme(x + b * FQ_BLOCK);
+    int32_t highest = 0;
+    for (int64_t b = 0; b < blocks; b += FQ_LANES) {
+      range_units(x + b * FQ_BLOCK, FQ_BLOCK, blocks - b, q8, s.high + b, s.low + b);
+      for (int k = 0; k < FQ_LANES; k++) {
+        const int32_t high = s.high[b + k], low = s.low[b + k], bits = high > low ? high : low;
+        highest = bits > highest ? bits : highest;
+        if (q8)
+          memcpy(s.scale + b + k, &high, sizeof high);
+        else if (b + k < blocks)
+          s.scale[b + k] = extreme(x + (b + k) * FQ_BLOCK, high, low);
+      }
     }
     if (highest >= FQ_INFINITY_BITS)
       note_bad(x, at, n, result);
     block_scales(&s, blocks, q8 ? 127.0f : -8.0f, q8 ? 0 : 8.5f);
     for (int64_t i = 0; i < round_up(n, FQ_STEP); i += FQ_STEP) {
       vi code[FQ_STEP / FQ_LANES];
+      fetch_ahead(job, at + i, n, n);
       for (int v = 0; v < FQ_STEP / FQ_LANES; v++) {
         const int64_t j = i + v * FQ_LANES, b = j / FQ_BLOCK;
         const vf scaled = vf_mul(vf_load(x + j), vf_set(s.inverse[b]));

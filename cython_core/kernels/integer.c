@@ -6,14 +6,13 @@ static const float dtype_max[] = {INFINITY, 65504.0f, 0x1.fep127f, INFINITY};
 
 /* Ranges and parameters of the units of one span, and the same spread over its blocks of 32 weights. */
 typedef struct {
-  _Alignas(64) int32_t amax[FQ_BLOCKS];
-  _Alignas(64) float smallest[FQ_BLOCKS], largest[FQ_BLOCKS];
+  _Alignas(64) int32_t high[FQ_BLOCKS], low[FQ_BLOCKS];
   _Alignas(64) float scale[FQ_BLOCKS], inverse[FQ_BLOCKS], zero[FQ_BLOCKS];
 } span_units;
 
 typedef struct {
   _Alignas(64) float scale[FQ_BLOCKS], inverse[FQ_BLOCKS], zero[FQ_BLOCKS];
-  int division; /* some scale is too small or too large for a product with its inverse */
+  int careful; /* some scale is not one that its weights alone made in the normal range: see spread */
 } span_blocks;
 
 /* Scales, their inverses and zero points of 16 units at once. */
@@ -21,11 +20,12 @@ FQ_INLINE void parameters_16(const fq_job *job, span_units *u, int at) {
   const float levels = (float)((1 << job->bits) - 1), low = (float)-(1 << (job->bits - 1));
   vf scale, zero = vf_set(0);
   if (job->symmetric) {
-    const vf amax = vf_load((const float *)(const void *)(u->amax + at));
+    const vf amax = vf_load((const float *)(const void *)(u->high + at));
     scale = round_to(vf_div(amax, vf_set(levels / 2)), job->arithmetic);
   } else {
-    const vf smallest = vf_load(u->smallest + at);
-    const vf range = round_to(vf_sub(vf_load(u->largest + at), smallest), job->arithmetic);
+    const vf smallest = vf_sub(vf_set(0), vf_load((const float *)(const void *)(u->low + at)));
+    const vf largest = vf_load((const float *)(const void *)(u->high + at));
+    const vf range = round_to(vf_sub(largest, smallest), job->arithmetic);
     scale = round_to(vf_div(range, vf_set(levels)), job->arithmetic);
     const vf steps = round_to(vf_div(smallest, scale), job->arithmetic);
     zero = round_to(vf_sub(vf_set(low), steps), job->arithmetic);
@@ -49,9 +49,8 @@ void FQ_NAME(integer_parameters)(const fq_job *job, const fq_range *ranges, int6
     memset(&u, 0, sizeof u);
     const int64_t n = count - at < FQ_LANES ? count - at : FQ_LANES;
     for (int64_t i = 0; i < n; i++) {
-      u.amax[i] = (int32_t)ranges[at + i].amax_bits;
-      u.smallest[i] = ranges[at + i].smallest;
-      u.largest[i] = ranges[at + i].largest;
+      u.high[i] = ranges[at + i].high;
+      u.low[i] = ranges[at + i].low;
     }
     parameters_16(job, &u, 0);
     memcpy(scales + at, u.scale, (size_t)n * sizeof(float));
@@ -60,7 +59,12 @@ void FQ_NAME(integer_parameters)(const fq_job *job, const fq_range *ranges, int6
   }
 }
 
-FQ_INLINE void spread(const span_units *u, int64_t units, int64_t blocks_each, span_blocks *b) {
+/* Where the shortcuts of the common loop hold: the product with an inverse neither over- nor underflows, and the scale
+ * is so near to amax / 7.5 that no code can fall below the lowest. */
+static const float least_usual[] = {0x1p-100f, 0x1p-14f, 0x1p-100f, 0x1p-100f};
+static const float most_usual[] = {0x1p100f, 65503.0f, 0x1p100f, 0x1p100f};
+
+FQ_INLINE void spread(const fq_job *job, const span_units *u, int64_t units, int64_t blocks_each, span_blocks *b) {
   int64_t block = 0;
   float lowest = INFINITY, highest = 0;
   for (int64_t i = 0; i < units; i++) {
@@ -73,7 +77,8 @@ FQ_INLINE void spread(const span_units *u, int64_t units, int64_t blocks_each, s
       b->zero[block] = u->zero[i];
     }
   }
-  b->division = !(lowest >= 0x1p-100f && highest <= 0x1p100f);
+  const int usual = lowest >= least_usual[job->scale_dtype] && highest <= most_usual[job->scale_dtype];
+  b->careful = !usual || job->given_scales;
 }
 
 /* The low bits that a 16-bit dtype drops from a float32. A quotient of two values of that dtype is never halfway
@@ -85,17 +90,19 @@ FQ_INLINE vf round_quotient(vf a, int arithmetic) {
 }
 
 /* Codes, and weights again where they are wanted, of n weights (a multiple of 64). */
-FQ_INLINE void quantize_span(const float *x, int64_t n, const span_blocks *b, int bits, int arithmetic, int symmetric,
-                             int division, int measured, int8_t *codes, float *y) {
+FQ_INLINE void quantize_span(const fq_job *job, int64_t begin, const float *x, int64_t n, const span_blocks *b, int bits,
+                             int arithmetic, int symmetric, int careful, int measured, int8_t *codes, float *y) {
+  const int64_t ahead = job->unit > n ? job->unit : n;
   const vf low = vf_set((float)-(1 << (bits - 1))), high = vf_set((float)((1 << (bits - 1)) - 1));
   for (int64_t at = 0; at < n; at += FQ_STEP) {
     vi code[FQ_STEP / FQ_LANES];
+    fetch_ahead(job, begin + at, n, ahead);
     for (int v = 0; v < FQ_STEP / FQ_LANES; v++) {
       const int64_t i = at + v * FQ_LANES, block = i / FQ_BLOCK;
       const vf scale = vf_set(b->scale[block]), inverse = vf_set(b->inverse[block]);
       const vf weight = vf_load(x + i);
       vf q;
-      if (division)
+      if (careful)
         q = vf_div(weight, scale);
       else if (arithmetic != FQ_F32)
         q = vf_mul(weight, inverse);
@@ -105,7 +112,9 @@ FQ_INLINE void quantize_span(const float *x, int64_t n, const span_blocks *b, in
         q = round_quotient(q, arithmetic);
       if (!symmetric)
         q = round_to(vf_add(q, vf_set(b->zero[block])), arithmetic);
-      code[v] = vf_nearest(vf_min(vf_max(q, low), high));
+      if (careful || !symmetric)
+        q = vf_max(q, low);
+      code[v] = vf_nearest(vf_min(q, high));
       if (measured) {
         vf level = vi_convert(code[v]);
         if (!symmetric)
@@ -120,10 +129,10 @@ FQ_INLINE void quantize_span(const float *x, int64_t n, const span_blocks *b, in
 }
 
 /* One copy of the loop for each set of options that changes its instructions. */
-FQ_INLINE void quantize_options(const float *x, int64_t n, const span_blocks *b, const fq_job *job, int bits,
-                                int8_t *codes, float *y) {
+FQ_INLINE void quantize_options(const fq_job *job, int64_t begin, const float *x, int64_t n, const span_blocks *b,
+                                int bits, int8_t *codes, float *y) {
 #define FQ_LOOP(arithmetic, symmetric, measured)                                                                       \
-  quantize_span(x, n, b, bits, arithmetic, symmetric, 0, measured, codes, y)
+  quantize_span(job, begin, x, n, b, bits, arithmetic, symmetric, 0, measured, codes, y)
 #define FQ_LOOPS(arithmetic)                                                                                           \
   if (job->symmetric && job->measure)                                                                                  \
     FQ_LOOP(arithmetic, 1, 1);                                                                                         \
@@ -145,9 +154,9 @@ FQ_INLINE void quantize_options(const float *x, int64_t n, const span_blocks *b,
   }
 }
 
-static __attribute__((noinline)) void quantize_extreme(const float *x, int64_t n, const span_blocks *b,
-                                                       const fq_job *job, int8_t *codes, float *y) {
-  quantize_span(x, n, b, job->bits, job->arithmetic, job->symmetric, 1, job->measure, codes, y);
+static __attribute__((noinline)) void quantize_extreme(const fq_job *job, int64_t begin, const float *x, int64_t n,
+                                                       const span_blocks *b, int8_t *codes, float *y) {
+  quantize_span(job, begin, x, n, b, job->bits, job->arithmetic, job->symmetric, 1, job->measure, codes, y);
 }
 
 /* Write the codes of n weights from an index on; at the end of a row, also the bytes that fill it up. */
@@ -180,17 +189,16 @@ void FQ_NAME(integer_reduce)(const fq_job *job, int64_t begin, int64_t end, fq_r
   for (int64_t at = begin; at < end;) {
     const int64_t stop = span_end(job, at, end), n = stop - at, padded = round_up(n, FQ_STEP);
     const float *x = load_span(job, at, n, buffer);
-    const uint32_t amax = amax_bits(x, padded);
-    if (amax >= FQ_INFINITY_BITS)
+    pi highs, lows;
+    if (job->symmetric)
+      range_lanes(x, padded, 1, &highs, &lows);
+    else
+      range_lanes(x, padded, 0, &highs, &lows);
+    const int32_t high = pi_highest(highs), low = pi_highest(lows);
+    if (high >= FQ_INFINITY_BITS || low >= FQ_INFINITY_BITS)
       note_bad(x, at, n, result);
-    if (amax > result->range.amax_bits)
-      result->range.amax_bits = amax;
-    if (!job->symmetric) {
-      float smallest, largest;
-      extremes(x, padded, &smallest, &largest);
-      result->range.smallest = smallest < result->range.smallest ? smallest : result->range.smallest;
-      result->range.largest = largest > result->range.largest ? largest : result->range.largest;
-    }
+    result->range.high = high > result->range.high ? high : result->range.high;
+    result->range.low = low > result->range.low ? low : result->range.low;
     at = stop;
   }
 }
@@ -200,12 +208,15 @@ FQ_INLINE void span_parameters(const fq_job *job, const float *x, int64_t begin,
                                span_blocks *b, fq_result *result) {
   const int64_t units = n / job->unit, first = begin / job->unit;
   int32_t highest = 0;
-  for (int64_t i = 0; i < units; i++) {
-    const float *from = x + i * job->unit;
-    u->amax[i] = (int32_t)amax_bits(from, job->unit);
-    highest = u->amax[i] > highest ? u->amax[i] : highest;
-    if (!job->symmetric)
-      extremes(from, job->unit, u->smallest + i, u->largest + i);
+  for (int64_t i = 0; i < units; i += FQ_LANES) {
+    if (job->symmetric)
+      range_units(x + i * job->unit, job->unit, units - i, 1, u->high + i, u->low + i);
+    else
+      range_units(x + i * job->unit, job->unit, units - i, 0, u->high + i, u->low + i);
+    for (int k = 0; k < FQ_LANES; k++) {
+      highest = u->high[i + k] > highest ? u->high[i + k] : highest;
+      highest = u->low[i + k] > highest ? u->low[i + k] : highest;
+    }
   }
   if (highest >= FQ_INFINITY_BITS)
     note_bad(x, begin, n, result);
@@ -214,7 +225,7 @@ FQ_INLINE void span_parameters(const fq_job *job, const float *x, int64_t begin,
   memcpy(job->scales + first, u->scale, (size_t)units * sizeof(float));
   if (job->zeros)
     memcpy(job->zeros + first, u->zero, (size_t)units * sizeof(float));
-  spread(u, units, job->unit / FQ_BLOCK, b);
+  spread(job, u, units, job->unit / FQ_BLOCK, b);
 }
 
 /* The parameters of one unit longer than a span, or of a width that spans do not join. */
@@ -226,9 +237,8 @@ FQ_INLINE void unit_parameters(const fq_job *job, int64_t begin, int64_t end, sp
     FQ_NAME(integer_reduce)(job, begin, end, &found);
     if (result->first_bad < 0)
       result->first_bad = found.first_bad;
-    u->amax[0] = (int32_t)found.range.amax_bits;
-    u->smallest[0] = found.range.smallest;
-    u->largest[0] = found.range.largest;
+    u->high[0] = found.range.high;
+    u->low[0] = found.range.low;
     parameters_16(job, u, 0);
     job->scales[unit] = u->scale[0];
     if (job->zeros)
@@ -238,7 +248,7 @@ FQ_INLINE void unit_parameters(const fq_job *job, int64_t begin, int64_t end, sp
     u->inverse[0] = 1.0f / u->scale[0];
     u->zero[0] = job->zeros ? job->zeros[unit] : 0;
   }
-  spread(u, 1, FQ_BLOCKS, b);
+  spread(job, u, 1, FQ_BLOCKS, b);
 }
 
 void FQ_NAME(integer_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) {
@@ -259,12 +269,12 @@ void FQ_NAME(integer_quantize)(const fq_job *job, int64_t begin, int64_t end, fq
     const float *x = load_span(job, at, n, buffer);
     if (joined)
       span_parameters(job, x, at, n, &u, &b, result);
-    if (b.division)
-      quantize_extreme(x, padded, &b, job, codes, again);
+    if (b.careful)
+      quantize_extreme(job, at, x, padded, &b, codes, again);
     else if (job->bits == 8)
-      quantize_options(x, padded, &b, job, 8, codes, again);
+      quantize_options(job, at, x, padded, &b, 8, codes, again);
     else
-      quantize_options(x, padded, &b, job, 4, codes, again);
+      quantize_options(job, at, x, padded, &b, 4, codes, again);
     pack_span(job, at, n, codes);
     /* not up to padded: past the last unit a step has no parameters */
     if (job->measure)

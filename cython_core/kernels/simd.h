@@ -58,7 +58,9 @@ FQ_MAP2(vf_max, vf, pf_max)
 FQ_MAP2(vi_add, vi, pi_add)
 FQ_MAP2(vi_and, vi, pi_and)
 FQ_MAP2(vi_or, vi, pi_or)
+FQ_MAP2(vi_xor, vi, pi_xor)
 FQ_MAP2(vi_max, vi, pi_max) /* signed */
+FQ_MAP2(vf_max_magnitude, vf, pf_max_magnitude) /* the second operand is a magnitude already */
 FQ_MAP1(vf_bits, vi, vf, pf_bits)
 FQ_MAP1(vi_float, vf, vi, pi_float)     /* the float32 with these bits */
 FQ_MAP1(vf_nearest, vi, vf, pf_nearest) /* to int32, ties to even */
@@ -108,25 +110,14 @@ FQ_INLINE vf vf_load_f64(const char *a) {
   return r;
 }
 
-/* Largest or smallest lane. */
-FQ_INLINE int32_t vi_highest(vi a) {
+/* One part with the higher of the lanes that lie over each other, and the highest of all lanes. */
+FQ_INLINE pi vi_fold(vi a) {
   pi r = a.p[0];
   for (int k = 1; k < FQ_PARTS; k++)
     r = pi_max(r, a.p[k]);
-  return pi_highest(r);
+  return r;
 }
-FQ_INLINE float vf_highest(vf a) {
-  pf r = a.p[0];
-  for (int k = 1; k < FQ_PARTS; k++)
-    r = pf_max(r, a.p[k]);
-  return pf_highest(r);
-}
-FQ_INLINE float vf_lowest(vf a) {
-  pf r = a.p[0];
-  for (int k = 1; k < FQ_PARTS; k++)
-    r = pf_min(r, a.p[k]);
-  return pf_lowest(r);
-}
+FQ_INLINE int32_t vi_highest(vi a) { return pi_highest(vi_fold(a)); }
 
 /* a / b, correctly rounded, from inverse = 1 / b correctly rounded, for 2^-100 <= |b| <= 2^100. With fused
  * multiply-adds: one correction gives the right side of every half-integer up to 127.5 (tests/cython_core proves it for

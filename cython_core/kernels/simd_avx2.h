@@ -35,15 +35,21 @@ FQ_INLINE int32_t pi_highest(pi a) {
   r = _mm_max_epi32(r, _mm_shuffle_epi32(r, 0x4e));
   return _mm_cvtsi128_si32(_mm_max_epi32(r, _mm_shuffle_epi32(r, 0xb1)));
 }
-FQ_INLINE float pf_highest(pf a) {
-  __m128 r = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-  r = _mm_max_ps(r, _mm_movehl_ps(r, r));
-  return _mm_cvtss_f32(_mm_max_ss(r, _mm_movehdup_ps(r)));
-}
-FQ_INLINE float pf_lowest(pf a) {
-  __m128 r = _mm_min_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-  r = _mm_min_ps(r, _mm_movehl_ps(r, r));
-  return _mm_cvtss_f32(_mm_min_ss(r, _mm_movehdup_ps(r)));
+#define pi_xor _mm256_xor_si256
+/* The larger magnitude of each lane; a NaN may be passed over. */
+#define pf_max_magnitude(a, b) _mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a), b)
+
+/* Lane i of the result is the highest lane of a[i]. Each step halves the registers: the lanes that stay where they are
+ * against those that come from the neighbour. */
+FQ_INLINE pi pi_highest_each(const pi *a) {
+  pi r[4];
+  for (int i = 0; i < 4; i++)
+    r[i] = _mm256_max_epi32(_mm256_blend_epi32(a[2 * i], a[2 * i + 1], 0xaa),
+                            _mm256_shuffle_epi32(_mm256_blend_epi32(a[2 * i], a[2 * i + 1], 0x55), 0xb1));
+  for (int i = 0; i < 2; i++)
+    r[i] = _mm256_max_epi32(_mm256_blend_epi32(r[2 * i], r[2 * i + 1], 0xcc),
+                            _mm256_shuffle_epi32(_mm256_blend_epi32(r[2 * i], r[2 * i + 1], 0x33), 0x4e));
+  return _mm256_max_epi32(_mm256_blend_epi32(r[0], r[1], 0xf0), _mm256_permute2x128_si256(r[0], r[1], 0x21));
 }
 
 FQ_INLINE pf pf_load_f16(const char *a) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)a)); }

@@ -30,8 +30,28 @@ typedef __m512i pi;
 #define pi_max _mm512_max_epi32
 #define pi_upper_half(a) _mm512_srli_epi32(a, 16)
 #define pi_highest _mm512_reduce_max_epi32
-#define pf_highest _mm512_reduce_max_ps
-#define pf_lowest _mm512_reduce_min_ps
+#define pi_xor _mm512_xor_si512
+
+/* The larger magnitude of each lane; a NaN may be passed over. */
+#define pf_max_magnitude(a, b) _mm512_range_ps(a, b, 0x0b)
+
+/* Lane i of the result is the highest lane of a[i]. Each step halves the registers: the lanes that stay where they are
+ * against those that come from the neighbour. */
+FQ_INLINE pi pi_highest_each(const pi *a) {
+  const pi by_1 = _mm512_setr_epi32(1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30);
+  const pi by_2 = _mm512_setr_epi32(2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29);
+  const pi by_4 = _mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
+  pi r[8];
+#define FQ_HALVE(count, mask, by, from)                                                                                \
+  for (int i = 0; i < count; i++)                                                                                      \
+    r[i] = _mm512_max_epi32(_mm512_mask_blend_epi32(mask, from[2 * i], from[2 * i + 1]),                               \
+                            _mm512_permutex2var_epi32(from[2 * i], by, from[2 * i + 1]));
+  FQ_HALVE(8, 0xaaaa, by_1, a)
+  FQ_HALVE(4, 0xcccc, by_2, r)
+  FQ_HALVE(2, 0xf0f0, by_4, r)
+#undef FQ_HALVE
+  return _mm512_max_epi32(_mm512_mask_blend_epi32(0xff00, r[0], r[1]), _mm512_shuffle_i64x2(r[0], r[1], 0x4e));
+}
 
 FQ_INLINE pf pf_load_f16(const char *a) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)a)); }
 FQ_INLINE pf pf_load_bf16(const char *a) {

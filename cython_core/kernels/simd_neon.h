@@ -30,8 +30,12 @@ typedef int32x4_t pi;
 #define pi_max vmaxq_s32
 #define pi_upper_half(a) vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a), 16))
 #define pi_highest vmaxvq_s32
-#define pf_highest vmaxvq_f32
-#define pf_lowest vminvq_f32
+#define pi_xor veorq_s32
+/* The larger magnitude of each lane; a NaN may be passed over. */
+#define pf_max_magnitude(a, b) vmaxq_f32(vabsq_f32(a), b)
+
+/* Lane i of the result is the highest lane of a[i]. */
+FQ_INLINE pi pi_highest_each(const pi *a) { return vpmaxq_s32(vpmaxq_s32(a[0], a[1]), vpmaxq_s32(a[2], a[3])); }
 
 FQ_INLINE pf pf_load_f16(const char *a) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t *)a))); }
 FQ_INLINE pf pf_load_bf16(const char *a) {

@@ -31,13 +31,18 @@ FQ_INLINE int32_t pi_highest(pi a) {
   a = _mm_max_epi32(a, _mm_shuffle_epi32(a, 0x4e));
   return _mm_cvtsi128_si32(_mm_max_epi32(a, _mm_shuffle_epi32(a, 0xb1)));
 }
-FQ_INLINE float pf_highest(pf a) {
-  a = _mm_max_ps(a, _mm_movehl_ps(a, a));
-  return _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)));
-}
-FQ_INLINE float pf_lowest(pf a) {
-  a = _mm_min_ps(a, _mm_movehl_ps(a, a));
-  return _mm_cvtss_f32(_mm_min_ss(a, _mm_movehdup_ps(a)));
+#define pi_xor _mm_xor_si128
+/* The larger magnitude of each lane; a NaN may be passed over. */
+#define pf_max_magnitude(a, b) _mm_max_ps(_mm_andnot_ps(_mm_set1_ps(-0.0f), a), b)
+
+/* Lane i of the result is the highest lane of a[i]. */
+FQ_INLINE pi pi_highest_each(const pi *a) {
+  pi r[2];
+  for (int i = 0; i < 2; i++)
+    r[i] = _mm_max_epi32(_mm_blend_epi16(a[2 * i], a[2 * i + 1], 0xcc),
+                         _mm_shuffle_epi32(_mm_blend_epi16(a[2 * i], a[2 * i + 1], 0x33), 0xb1));
+  return _mm_max_epi32(_mm_blend_epi16(r[0], r[1], 0xf0),
+                       _mm_shuffle_epi32(_mm_blend_epi16(r[0], r[1], 0x0f), 0x4e));
 }
 
 /* The exponent is moved by a multiplication with 2^112, which is exact and also makes denormals right. */

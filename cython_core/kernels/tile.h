@@ -12,6 +12,19 @@ enum { FQ_STEP = 64, FQ_BLOCK = 32, FQ_BLOCKS = FQ_SPAN / FQ_BLOCK };
 
 static const int fq_dtype_bytes[] = {4, 2, 2, 8};
 
+/* While a span is computed on, what is read next is fetched, so that memory does not rest: the next span into the first
+ * cache; the next unit, where it is longer, into the second. Called for every 64 weights. An address past the end is
+ * harmless: a prefetch never faults. */
+FQ_INLINE void fetch_ahead(const fq_job *job, int64_t at, int64_t n, int64_t ahead) {
+  const uintptr_t from = (uintptr_t)job->weights + (uintptr_t)((at + ahead) * fq_dtype_bytes[job->dtype]);
+  for (int64_t line = 0; line < FQ_STEP * fq_dtype_bytes[job->dtype]; line += 64) {
+    if (ahead <= n)
+      __builtin_prefetch((const char *)(from + (uintptr_t)line), 0, 3);
+    else
+      __builtin_prefetch((const char *)(from + (uintptr_t)line), 0, 2);
+  }
+}
+
 FQ_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 /* Whether a span may hold several units: whole vectors and, packed at any bit width, whole 32-bit words. */
@@ -78,29 +91,36 @@ FQ_INLINE const float *load_span(const fq_job *job, int64_t begin, int64_t n, fl
   }
 }
 
-/* Largest |x| of n weights (a multiple of 16) as bits: integers order like the magnitudes, infinity and NaN on top. */
-FQ_INLINE uint32_t amax_bits(const float *x, int64_t n) {
-  const vi mask = vi_set(0x7fffffff);
-  vi first = vi_set(0), second = first;
-  int64_t i = 0;
-  for (; i + 2 * FQ_LANES <= n; i += 2 * FQ_LANES) {
-    first = vi_max(first, vi_and(vf_bits(vf_load(x + i)), mask));
-    second = vi_max(second, vi_and(vf_bits(vf_load(x + i + FQ_LANES)), mask));
+/* The range of n weights (a multiple of 16), a part's lanes each for themselves. Integers order like the magnitudes
+ * whose bits they are, infinity and NaN on top, and what has the other sign is negative and falls below the 0. */
+FQ_INLINE void range_lanes(const float *x, int64_t n, int symmetric, pi *high, pi *low) {
+  const vi mask = vi_set(INT32_MAX), sign = vi_set(INT32_MIN);
+  vi highs[2] = {vi_set(0), vi_set(0)}, lows[2] = {vi_set(0), vi_set(0)};
+  for (int64_t i = 0; i < n; i += FQ_LANES) {
+    const vi bits = vf_bits(vf_load(x + i));
+    const int turn = i / FQ_LANES % 2;
+    highs[turn] = vi_max(highs[turn], symmetric ? vi_and(bits, mask) : bits);
+    if (!symmetric)
+      lows[turn] = vi_max(lows[turn], vi_xor(bits, sign));
   }
-  if (i < n)
-    first = vi_max(first, vi_and(vf_bits(vf_load(x + i)), mask));
-  return (uint32_t)vi_highest(vi_max(first, second));
+  *high = vi_fold(vi_max(highs[0], highs[1]));
+  *low = vi_fold(vi_max(lows[0], lows[1]));
 }
 
-FQ_INLINE void extremes(const float *x, int64_t n, float *smallest, float *largest) {
-  vf low = vf_set(0), high = low;
-  for (int64_t i = 0; i < n; i += FQ_LANES) {
-    const vf v = vf_load(x + i);
-    low = vf_min(low, v);
-    high = vf_max(high, v);
+/* The ranges of units of so many weights, one after the other, at most 16 at a time. */
+FQ_INLINE void range_units(const float *x, int64_t unit, int64_t units, int symmetric, int32_t *high, int32_t *low) {
+  pi highs[FQ_LANES], lows[FQ_LANES];
+  for (int64_t i = 0; i < FQ_LANES; i++) {
+    highs[i] = lows[i] = pi_set(0);
+    if (i < units)
+      range_lanes(x + i * unit, unit, symmetric, highs + i, lows + i);
   }
-  *smallest = vf_lowest(low);
-  *largest = vf_highest(high);
+  for (int k = 0; k < FQ_PARTS; k++) {
+    const pi h = pi_highest_each(highs + k * FQ_PART), l = pi_highest_each(lows + k * FQ_PART);
+    memcpy(high + k * FQ_PART, &h, sizeof h);
+    if (!symmetric)
+      memcpy(low + k * FQ_PART, &l, sizeof l);
+  }
 }
 
 enum { FQ_INFINITY_BITS = 0x7f800000 };
@@ -124,14 +144,20 @@ FQ_INLINE double add_lanes(vf a) {
   return sum;
 }
 
-/* The same sums in float64 lanes, for spans whose squares leave the range of float32. */
-static void measure_wide(const float *x, const float *y, int64_t n, double sums[3]) {
+/* The same sums in float64 lanes, for spans whose squares leave the range of float32, or hold a NaN. */
+static __attribute__((noinline)) int32_t measure_wide(const float *x, const float *y, int64_t n, double sums[3]) {
   double lanes[3][FQ_LANES] = {{0}};
+  int32_t largest = 0;
   for (int64_t i = 0; i < n; i++) {
     float a, b;
     memcpy(&a, x + i, sizeof a);
     memcpy(&b, y + i, sizeof b);
-    const double v = (double)a, e = (double)(b - a);
+    const float error = b - a;
+    const double v = (double)a, e = (double)error;
+    int32_t bits;
+    memcpy(&bits, &error, sizeof bits);
+    bits &= INT32_MAX;
+    largest = bits > largest ? bits : largest;
     lanes[0][i % FQ_LANES] += v * v;
     lanes[1][i % FQ_LANES] += e * e;
     lanes[2][i % FQ_LANES] += v * e;
@@ -141,28 +167,26 @@ static void measure_wide(const float *x, const float *y, int64_t n, double sums[
     for (int k = 1; k < FQ_LANES; k++)
       sums[s] += lanes[s][k];
   }
+  return largest;
 }
 
 /* Add the quality sums of one span: n weights x (a multiple of 16, zeros at the end) and their dequantized y. */
 FQ_INLINE void measure(const float *x, const float *y, int64_t n, fq_result *result) {
-  const vi mask = vi_set(0x7fffffff);
-  vf x2 = vf_set(0), e2 = x2, xe = x2;
-  vi largest = vi_set(0);
+  vf x2 = vf_set(0), e2 = x2, xe = x2, largest = x2;
   for (int64_t i = 0; i < n; i += FQ_LANES) {
     const vf v = vf_load(x + i), e = vf_sub(vf_load(y + i), v);
     x2 = vf_add(x2, vf_mul(v, v));
     e2 = vf_add(e2, vf_mul(e, e));
     xe = vf_add(xe, vf_mul(v, e));
-    largest = vi_max(largest, vi_and(vf_bits(e), mask));
+    largest = vf_max_magnitude(e, largest);
   }
   double sums[3] = {add_lanes(x2), add_lanes(e2), add_lanes(xe)};
+  int32_t bits = vi_highest(vf_bits(largest)), known;
   if (!(sums[0] > 0x1p-80 && sums[0] < 0x1p100 && sums[1] < 0x1p100))
-    measure_wide(x, y, n, sums);
+    bits = measure_wide(x, y, n, sums);
   result->sum_x2 += sums[0];
   result->sum_e2 += sums[1];
   result->sum_xe += sums[2];
-  const int32_t bits = vi_highest(largest);
-  int32_t known;
   memcpy(&known, &result->max_error, sizeof known);
   if (bits > known)
     memcpy(&result->max_error, &bits, sizeof bits);
@@ -178,8 +202,6 @@ FQ_INLINE vf round_f16(vf a) {
   vf_store_f16(halves, a);
   return vf_load_f16(halves);
 }
-FQ_INLINE vf round_to(vf a, int dtype) {
-  return dtype == FQ_BF16 ? round_bf16(a) : dtype == FQ_F16 ? round_f16(a) : a;
-}
+FQ_INLINE vf round_to(vf a, int dtype) { return dtype == FQ_BF16 ? round_bf16(a) : dtype == FQ_F16 ? round_f16(a) : a; }
 
 #endif
