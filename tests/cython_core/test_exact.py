@@ -1,0 +1,156 @@
+"""The engine is the reference, bit for bit: every scheme, dtype, size, instruction set and number of threads."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from fq_testing import (
+    KINDS,
+    GoldenCase,
+    answer_bytes,
+    check_row,
+    golden_cases,
+    reference_layer,
+    request,
+    same_bits,
+    weights_like,
+)
+
+from flightquant.cython_core.engine import Engine
+from flightquant.spec import Command
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+GROUPS = (32, 64, 128, 256)
+OPTIONS: list[dict[str, Any]] = [
+    *(
+        {"scheme": scheme, "symmetric": symmetric, **unit}
+        for scheme, symmetric, unit in itertools.product(
+            ("int8", "int4"),
+            (True, False),
+            ({"granularity": "tensor"}, {"granularity": "channel"}, *({"group_size": size} for size in GROUPS)),
+        )
+    ),
+    {"scheme": "q8_0"},
+    {"scheme": "q4_0"},
+]
+SPAN, TILE = 2048, 65536
+
+
+def label(options: dict[str, Any]) -> str:
+    return "-".join(str(value) for key, value in options.items() if key != "symmetric") + (
+        "-asym" if options.get("symmetric") is False else ""
+    )
+
+
+def shapes(command: Command) -> list[tuple[int, ...]]:
+    """Sizes at which something changes: one, vectors, spans, tiles, several tiles, and one more or less."""
+    spec = command.layer_spec()
+    if spec.granularity == "tensor":
+        rows = [(), (1,), (2,), (17,), (3, 7), (5, 31), (1, SPAN), (3, SPAN + 1), (2, 3, 4, 5), (1, 1), (0, 4), (4, 0)]
+        return [*rows, (1, TILE), (1, TILE + 1), (3, 50_001), (TILE // 64, 64), (129, 513)]
+    if spec.granularity == "channel":
+        widths = (1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 100, 127, 128, 129, 1000)
+        short = [(int(1 + 5 * (width % 3)), width) for width in widths]
+        spans = [(2, width) for width in (SPAN - 32, SPAN - 1, SPAN, SPAN + 1, SPAN + 32, 2 * SPAN + 17)]
+        return [(), (0,), (2, 0), *short, *spans, (1, TILE - 1), (1, TILE), (2, TILE + 33), (700, 100), (515, 128)]
+    unit = spec.group_size
+    row = [(1, unit), (3, unit), (2, 5 * unit), (2, 2, 3 * unit), (unit,), (0, unit), (1, SPAN - unit), (1, SPAN)]
+    large = [(1, TILE - unit), (1, TILE), (1, TILE + unit), (TILE // unit + 1, unit), (7, 11 * unit)]
+    return [*row, (3, SPAN + unit), (1, 2 * SPAN + unit), *large]
+
+
+def layers_for(command: Command, dtype: str, wanted: list[tuple[int, ...]]) -> dict[str, Any]:
+    rng = np.random.default_rng(zlib.crc32(repr((command, dtype)).encode()))
+    layers = {}
+    for i, shape in enumerate(wanted):
+        size = int(np.prod(shape, dtype=np.int64))
+        kind = KINDS[i % len(KINDS)]
+        layers[f"{i}:{kind}:{'x'.join(map(str, shape))}"] = weights_like(kind, size, dtype, rng).reshape(shape)
+    unit = command.layer_spec().group_size or 96
+    every = np.concatenate([weights_like(kind, 2 * unit, dtype, rng) for kind in KINDS])
+    layers["every kind"] = every.reshape(-1, 2 * unit)
+    return layers
+
+
+def check_everywhere(batch: pa.RecordBatch, command: Command, expected: list[Any], engines: list[Engine]) -> None:
+    first: bytes | None = None
+    for engine in engines:
+        what = f"{engine.isa} x{engine.n_threads}"
+        answer = engine.session(batch.schema, command).quantize(batch)
+        if first is None:
+            answer.batch.validate(full=True)
+            for i, layer in enumerate(expected):
+                check_row(answer.batch, i, layer, what)
+                same_bits(answer.sums[i], layer.sums, f"{what} sums of row {i}")
+            first = answer_bytes(answer.batch)
+            sums = answer.sums
+        elif answer_bytes(answer.batch) != first:
+            for i, layer in enumerate(expected):
+                check_row(answer.batch, i, layer, what)
+            raise AssertionError(f"{what}: an answer that differs from another instruction set's or thread count's")
+        same_bits(answer.sums, sums, f"{what} sums")
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=label)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_size_on_every_engine(dtype: str, options: dict[str, Any], all_engines: list[Engine]) -> None:
+    command = Command.build(**options)
+    layers = layers_for(command, dtype, shapes(command))
+    expected = [reference_layer(weights, dtype, command) for weights in layers.values()]
+    check_everywhere(request(layers, dtype), command, expected, all_engines)
+
+
+@pytest.mark.parametrize("scale_dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_scale_dtype_on_every_engine(dtype: str, scale_dtype: str, all_engines: list[Engine]) -> None:
+    for scheme, symmetric, unit in itertools.product(
+        ("int8", "int4"), (True, False), ({"granularity": "tensor"}, {"granularity": "channel"}, {"group_size": 64})
+    ):
+        command = Command.build(scheme=scheme, symmetric=symmetric, scale_dtype=scale_dtype, **unit)
+        wanted = [(1, 64), (5, 192), (2, SPAN + 64), *((4, 64) for _ in KINDS)]
+        layers = layers_for(command, dtype, wanted)
+        expected = [reference_layer(weights, dtype, command) for weights in layers.values()]
+        check_everywhere(request(layers, dtype), command, expected, all_engines)
+
+
+def test_the_engine_is_the_libraries_bit_for_bit(all_engines: list[Engine]) -> None:
+    by_request: dict[tuple[str, str], list[GoldenCase]] = {}
+    for case in golden_cases():
+        by_request.setdefault((case.dtype, repr(case.options)), []).append(case)
+    for (dtype, _), cases in by_request.items():
+        command = Command.build(**cases[0].options)
+        batch = request({case.name: case.weights for case in cases}, dtype)
+        for engine in all_engines:
+            answers = engine.session(batch.schema, command).quantize(batch).batch
+            for i, case in enumerate(cases):
+                what = f"{engine.isa} {case.name}"
+                assert answers.column("status")[i].as_py() == "ok", what
+                packed = np.frombuffer(answers.column("quantized_data")[i].as_buffer(), np.uint8)
+                same_bits(packed, case.data, f"{what} data")
+                for name in ("scales", "zero_points"):
+                    wanted = getattr(case, name)
+                    cell = answers.column(name)[i]
+                    assert cell.is_valid == (wanted is not None), f"{what} {name}"
+                    if wanted is not None:
+                        same_bits(cell.values.to_numpy(), wanted, f"{what} {name}")
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=label)
+def test_random_bit_patterns(options: dict[str, Any], all_engines: list[Engine]) -> None:
+    """Any finite float at all, not only those that a distribution makes."""
+    command = Command.build(**options)
+    rng = np.random.default_rng(7)
+    for dtype, width in (("float32", 4), ("float16", 2), ("bfloat16", 2)):
+        bits = rng.integers(0, 256, (6, 256 * 64 * width), np.uint8)
+        stored = bits.view({"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}[dtype])
+        exponent = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[dtype]
+        stored = np.where(stored & exponent == exponent, stored & ~stored.dtype.type(exponent), stored)
+        weights = stored if dtype == "bfloat16" else stored.view(dtype)
+        layers = {f"w{i}": row.reshape(-1, 256) for i, row in enumerate(weights)}
+        expected = [reference_layer(layer, dtype, command) for layer in layers.values()]
+        check_everywhere(request(layers, dtype), command, expected, all_engines)
