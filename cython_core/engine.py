@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from flightquant.cython_core._quantize import DTYPES, FAMILIES, JOB_FIELDS, Plan, active_isa
+from flightquant.cython_core._quantize import DTYPES, FAMILIES, JOB_FIELDS, Plan, active_isa, available_isas
 from flightquant.cython_core.answer import build_answer, with_nulls
 from flightquant.cython_core.budget import ThreadBudget, available_cpus
 from flightquant.cython_core.validate import (
@@ -72,6 +72,13 @@ class Engine:
         if threads < 1:
             raise InvalidRequestError(
                 f"n_threads is {threads}; expected 1 or more", field="n_threads", got=threads, expected="1 or more"
+            )
+        if isa is not None and isa not in available_isas():
+            raise InvalidRequestError(
+                f'isa is "{isa}"; expected one of {", ".join(available_isas())} on this machine',
+                field="isa",
+                got=isa,
+                expected=available_isas(),
             )
         self.isa = isa or active_isa()
         self._budget = ThreadBudget(threads)
