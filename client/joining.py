@@ -13,9 +13,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from flightquant.client.batching import Request
+from flightquant.errors import TooLargeError
 from flightquant.reference.quality import columns
 from flightquant.wire import QUALITY_SUMS
 
+MAX_CELL_BYTES = (1 << 31) - 1
 _COSTS = ("kernel_ns", "bytes_in", "bytes_copied")
 _INDEX = re.compile(r"^weight (\d+) ")
 
@@ -78,8 +80,10 @@ class _Parts:
             if not part.one_scale:
                 changed |= {name: _joined_lists(batches, name) for name in ("scales", "zero_points")}
             packed = b"".join(batch.column("quantized_data")[0].as_buffer() for batch in batches)
+            _check_size(base, len(packed))
+            offsets = pa.array([0, len(packed)], pa.int32()).buffers()[1]
             floats = [changed.get(name, base.column(name)) for name in ("scales", "zero_points")]
-            changed["quantized_data"] = pa.array([packed], pa.binary())
+            changed["quantized_data"] = pa.Array.from_buffers(pa.binary(), 1, [None, offsets, pa.py_buffer(packed)])
             changed["bytes_out"] = pa.array([len(packed) + 4 * sum(map(_length, floats))], pa.int64())
             changed |= self._quality(base)
         else:
@@ -111,6 +115,17 @@ class _Parts:
             total[:-1] += part[0, :-1]  # type: ignore[index]
             total[-1] = np.maximum(total[-1], part[0, -1])  # type: ignore[index]
         return dict(zip(names, map(pa.array, columns(total)), strict=True))
+
+
+def _check_size(base: pa.RecordBatch, nbytes: int) -> None:
+    if nbytes > MAX_CELL_BYTES:
+        name = base.column("layer_name")[0].as_py()
+        raise TooLargeError(
+            f'layer "{name}" has {nbytes} bytes when quantized; one row of a table holds at most {MAX_CELL_BYTES}',
+            field="weights",
+            got=nbytes,
+            expected=MAX_CELL_BYTES,
+        )
 
 
 def _length(column: pa.Array) -> int:
