@@ -21,13 +21,13 @@ FQ_INLINE void block_scales(span_scales *s, int64_t blocks, float divisor, float
   }
 }
 
-/* The value of largest magnitude of a block whose range is known, the first where two signs tie; 0 stands for -0 too,
- * as in ggml. */
+/* The value of largest magnitude of a block whose range is known, the first where two signs tie: zeros too, as in gguf
+ * (ggml's C takes them for +0). */
 FQ_INLINE float extreme(const float *x, int32_t high, int32_t low) {
   float value;
   const int32_t bits = high > low ? high : low;
   memcpy(&value, &bits, sizeof value);
-  if (high > low || bits == 0)
+  if (high > low)
     return value;
   for (int i = 0; i < FQ_BLOCK && high == low; i++) {
     float v;
