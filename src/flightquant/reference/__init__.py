@@ -116,7 +116,7 @@ def dequantize(answers: pa.Table | pa.RecordBatch) -> dict[str, F32]:
     missing = [name for name in columns if name not in answers.schema.names]
     if missing:
         raise InvalidRequestError(f"the table has no column {missing[0]!r}", field=missing[0], expected=columns)
-    parts: dict[str, list[tuple[int, F32]]] = {}
+    parts: dict[str, list[tuple[int | None, F32]]] = {}
     wanted = [name for name in (*columns, "zero_points", "row_offset") if name in answers.schema.names]
     table = pa.Table.from_batches([answers]) if isinstance(answers, pa.RecordBatch) else answers
     for batch in table.select(wanted).to_batches():
@@ -124,42 +124,67 @@ def dequantize(answers: pa.Table | pa.RecordBatch) -> dict[str, F32]:
             row = {name: batch.column(name)[i] for name in wanted}
             name, matrix = _dequantize_row(row)
             offset = row["row_offset"].as_py() if "row_offset" in row else None
-            parts.setdefault(name, []).append((offset or 0, matrix))
-    return {name: _join(pieces) for name, pieces in parts.items()}
+            parts.setdefault(name, []).append((offset, matrix))
+    return {name: _join(name, pieces) for name, pieces in parts.items()}
 
 
-def _join(pieces: list[tuple[int, F32]]) -> F32:
+def _join(name: str, pieces: list[tuple[int | None, F32]]) -> F32:
+    """One layer from its parts, each of which must begin where the one before it ends."""
     if len(pieces) == 1:
         return pieces[0][1]
-    return np.concatenate([matrix for _, matrix in sorted(pieces, key=lambda piece: piece[0])], axis=0)
+    pieces = sorted(pieces, key=lambda piece: piece[0] or 0)
+    rows = 0
+    for offset, matrix in pieces:
+        if offset != rows or matrix.ndim == 0 or matrix.shape[1:] != pieces[0][1].shape[1:]:
+            raise InvalidRequestError(
+                f'layer "{name}" stands in the table {len(pieces)} times, and a part of shape {list(matrix.shape)} has '
+                f"row_offset {offset}; expected parts that follow one another, the next at row {rows}",
+                field="row_offset",
+                got=offset,
+                expected=rows,
+            )
+        rows += matrix.shape[0]
+    return np.concatenate([matrix for _, matrix in pieces], axis=0)
 
 
 def _dequantize_row(row: Mapping[str, Any]) -> tuple[str, F32]:
     name, status = row["layer_name"].as_py(), row["status"].as_py()
     if status != "ok":
         raise LayerError(status, f'layer "{name}" was not quantized: {row["error"].as_py()}')
-    shape = tuple(row["shape"].as_py())
-    rows, cols = matrix_shape(shape)
+    shape = row["shape"].as_py()
+    if shape is None or any(extent is None or extent < 0 for extent in shape):
+        raise _misfit(name, "shape", shape, "extents of 0 or more")
+    rows, cols = matrix_shape(tuple(shape))
     if rows * cols == 0:
         return name, np.zeros(shape, np.float32)
+    if not row["quantized_data"].is_valid:
+        raise _misfit(name, "quantized_data", None, "packed bytes")
     data = np.frombuffer(row["quantized_data"].as_buffer(), np.uint8)
-    scales = _floats(row["scales"])
-    zeros = _floats(row["zero_points"]) if "zero_points" in row else None
+    scales = _floats(name, "scales", row)
+    zeros = _floats(name, "zero_points", row)
     spec = _stored_spec(row["scheme"].as_py(), row["group_size"].as_py(), scales, zeros, rows)
-    if data.size != packed_bytes(spec, rows, cols):
-        raise InvalidRequestError(
-            f'layer "{name}" has {data.size} packed bytes; expected {packed_bytes(spec, rows, cols)} '
-            f"for {spec.scheme.name} of shape {list(shape)}",
-            field="quantized_data",
-            got=data.size,
-        )
+    if cols % (spec.group_size or 1) or data.size != packed_bytes(spec, rows, cols):
+        expected = f"{packed_bytes(spec, rows, cols)} for {spec.scheme.name} of shape {shape} in whole groups"
+        raise _misfit(name, "quantized_data", f"{data.size} bytes", expected)
+    count = 1 if spec.granularity == "tensor" else rows * (cols // (spec.group_size or cols))
+    for field, values in (("scales", scales), ("zero_points", zeros)):
+        if values is not None and values.size != count:
+            raise _misfit(name, field, f"{values.size} values", f"{count} for shape {shape}")
     return name, dequantize_matrix(data, scales, zeros, spec, rows, cols).reshape(shape)
 
 
-def _floats(scalar: Any) -> F32 | None:
-    if not scalar.is_valid:
+def _misfit(name: str, field: str, got: Any, expected: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f'layer "{name}" has {got} in "{field}"; expected {expected}', field=field, got=got, expected=expected
+    )
+
+
+def _floats(name: str, field: str, row: Mapping[str, Any]) -> F32 | None:
+    if field not in row or not row[field].is_valid:
         return None
-    values: F32 = scalar.values.to_numpy(zero_copy_only=True)
+    if row[field].values.null_count:
+        raise _misfit(name, field, "null", "numbers")
+    values: F32 = row[field].values.to_numpy(zero_copy_only=True)
     return values
 
 
