@@ -95,16 +95,25 @@ FQ_INLINE const float *load_span(const fq_job *job, int64_t begin, int64_t n, fl
  * whose bits they are, infinity and NaN on top, and what has the other sign is negative and falls below the 0. */
 FQ_INLINE void range_lanes(const float *x, int64_t n, int symmetric, pi *high, pi *low) {
   const vi mask = vi_set(INT32_MAX), sign = vi_set(INT32_MIN);
-  vi highs[2] = {vi_set(0), vi_set(0)}, lows[2] = {vi_set(0), vi_set(0)};
-  for (int64_t i = 0; i < n; i += FQ_LANES) {
-    const vi bits = vf_bits(vf_load(x + i));
-    const int turn = i / FQ_LANES % 2;
-    highs[turn] = vi_max(highs[turn], symmetric ? vi_and(bits, mask) : bits);
-    if (!symmetric)
-      lows[turn] = vi_max(lows[turn], vi_xor(bits, sign));
+  vi highs = vi_set(0), lows = highs, more_highs = highs, more_lows = highs;
+  int64_t i = 0;
+  for (; i + 2 * FQ_LANES <= n; i += 2 * FQ_LANES) {
+    const vi bits = vf_bits(vf_load(x + i)), more = vf_bits(vf_load(x + i + FQ_LANES));
+    highs = vi_max(highs, symmetric ? vi_and(bits, mask) : bits);
+    more_highs = vi_max(more_highs, symmetric ? vi_and(more, mask) : more);
+    if (!symmetric) {
+      lows = vi_max(lows, vi_xor(bits, sign));
+      more_lows = vi_max(more_lows, vi_xor(more, sign));
+    }
   }
-  *high = vi_fold(vi_max(highs[0], highs[1]));
-  *low = vi_fold(vi_max(lows[0], lows[1]));
+  if (i < n) {
+    const vi bits = vf_bits(vf_load(x + i));
+    highs = vi_max(highs, symmetric ? vi_and(bits, mask) : bits);
+    if (!symmetric)
+      lows = vi_max(lows, vi_xor(bits, sign));
+  }
+  *high = vi_fold(vi_max(highs, more_highs));
+  *low = vi_fold(vi_max(lows, more_lows));
 }
 
 /* The ranges of units of so many weights, one after the other, at most 16 at a time. */
