@@ -259,7 +259,11 @@ class SafetensorsWriter:
         self._start = 8 + len(raw)
         self.nbytes = self._start + max((info.end for info in self._infos.values()), default=0)
         self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
-        self._file = self._temporary.open("xb")
+        try:
+            self._file = self._temporary.open("xb")
+        except OSError as error:
+            # The caller knows only the name that was asked for.
+            raise type(error)(error.errno, error.strerror, str(self.path)) from None
         try:
             self._file.write(len(raw).to_bytes(8, "little") + raw)
         except BaseException:

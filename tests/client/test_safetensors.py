@@ -196,6 +196,11 @@ class TestWriter:
             with pytest.raises(ValueError, match="written before"):
                 writer.write("a", b"y")
 
+    def test_a_folder_that_is_not_there_is_told_by_the_files_own_name(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError) as caught:
+            SafetensorsWriter(tmp_path / "none" / "m", {}, {})
+        assert caught.value.filename == str(tmp_path / "none" / "m")
+
     def test_the_file_has_the_usual_permissions(self, tmp_path: Path) -> None:
         (tmp_path / "plain").touch()
         self.write(tmp_path / "m", {})
