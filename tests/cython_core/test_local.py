@@ -257,6 +257,7 @@ def changed(table: pa.Table, **columns: Any) -> pa.Table:
         {"quantized_data": None},
         {"shape": None},
         {"shape": [-4, -256]},
+        {"shape": [0, 2**62]},
     ],
     ids=str,
 )

@@ -156,7 +156,10 @@ def _dequantize_row(row: Mapping[str, Any]) -> tuple[str, F32]:
         raise _misfit(name, "shape", shape, "extents of 0 or more")
     rows, cols = matrix_shape(tuple(shape))
     if rows * cols == 0:
-        return name, np.zeros(shape, np.float32)
+        try:
+            return name, np.zeros(shape, np.float32)
+        except ValueError:
+            raise _misfit(name, "shape", shape, "extents that an array can have") from None
     if not row["quantized_data"].is_valid:
         raise _misfit(name, "quantized_data", None, "packed bytes")
     data = np.frombuffer(row["quantized_data"].as_buffer(), np.uint8)
