@@ -24,7 +24,7 @@ from flightquant.cython_core.validate import (
     read_global_amax,
     read_overrides,
 )
-from flightquant.errors import DeadlineError, InvalidRequestError, LayerError, TooLargeError
+from flightquant.errors import DeadlineError, InvalidRequestError, LayerError, TooLargeError, clip_text
 from flightquant.reference import packed_bytes
 from flightquant.spec import Command, LayerSpec
 from flightquant.wire import EndMessage, answer_schema, check_request_schema
@@ -196,7 +196,7 @@ class Session:
         if self._command.on_error == "abort" and checked.failures:
             row = min(checked.failures)
             status, text = checked.failures[row]
-            name = checked.names[row].as_py()
+            name = clip_text(checked.names[row].as_py(), 200)
             raise LayerError(status, f'layer "{name}" (row {self.end.rows + row}): {status}: {text}', got=status)
 
     def _add_up(self, answer: pa.RecordBatch, checked: CheckedBatch) -> None:

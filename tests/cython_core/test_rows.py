@@ -401,6 +401,14 @@ def test_abort_ends_the_call_at_the_first_bad_layer(any_engine: Engine, status: 
     assert len(caught.value.wire_message().encode()) < 1024
 
 
+def test_an_abort_says_why_however_long_the_name(any_engine: Engine) -> None:
+    command = Command.build(scheme="int4", group_size=32, on_error="abort")
+    batch = request({"n" * 1024: np.full((1, 32), np.inf, np.float32)})
+    with pytest.raises(LayerError) as caught:
+        quantize(any_engine, batch, command)
+    assert "non_finite: weight 0" in caught.value.wire_message()
+
+
 def test_every_kind_of_bad_row_in_one_batch(any_engine: Engine) -> None:
     rows = [{}, *({**bad} for bad in BAD_ROWS.values()), {}]
     batch = batch_of_rows(rows)
@@ -467,9 +475,13 @@ def test_more_dimensions_than_the_limit_are_told(any_engine: Engine) -> None:
     check_failed(quantize(any_engine, batch, max_dims=2), 1, "shape_mismatch")
 
 
-def test_an_empty_batch_is_refused(any_engine: Engine) -> None:
-    with pytest.raises(InvalidRequestError):
-        quantize(any_engine, request({"a": GOOD}).slice(0, 0))
+def test_a_batch_of_no_rows_has_an_answer_of_no_rows(any_engine: Engine) -> None:
+    batch = request({"a": GOOD})
+    session = any_engine.session(batch.schema, INT4)
+    answers = session.quantize(batch.slice(0, 0)).batch
+    assert answers.num_rows == 0
+    assert answers.schema.equals(session.schema)
+    assert (session.end.rows, session.end.batches) == (0, 1)
 
 
 def test_a_batch_of_another_schema_is_refused(any_engine: Engine) -> None:
