@@ -90,8 +90,9 @@ FQ_INLINE vf round_quotient(vf a, int arithmetic) {
 }
 
 /* Codes, and weights again where they are wanted, of n weights (a multiple of 64). */
-FQ_INLINE void quantize_span(const fq_job *job, int64_t begin, const float *x, int64_t n, const span_blocks *b, int bits,
-                             int arithmetic, int symmetric, int careful, int measured, int8_t *codes, float *y) {
+FQ_INLINE void quantize_span(const fq_job *job, int64_t begin, const float *x, int64_t n, const span_blocks *b,
+                             int bits, int arithmetic, int symmetric, int careful, int measured, int8_t *codes,
+                             float *y) {
   const int64_t ahead = job->unit > n ? job->unit : n;
   const vf low = vf_set((float)-(1 << (bits - 1))), high = vf_set((float)((1 << (bits - 1)) - 1));
   for (int64_t at = 0; at < n; at += FQ_STEP) {

@@ -59,7 +59,7 @@ FQ_MAP2(vi_add, vi, pi_add)
 FQ_MAP2(vi_and, vi, pi_and)
 FQ_MAP2(vi_or, vi, pi_or)
 FQ_MAP2(vi_xor, vi, pi_xor)
-FQ_MAP2(vi_max, vi, pi_max) /* signed */
+FQ_MAP2(vi_max, vi, pi_max)                     /* signed */
 FQ_MAP2(vf_max_magnitude, vf, pf_max_magnitude) /* the second operand is a magnitude already */
 FQ_MAP1(vf_bits, vi, vf, pf_bits)
 FQ_MAP1(vi_float, vf, vi, pi_float)     /* the float32 with these bits */

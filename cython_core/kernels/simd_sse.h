@@ -41,8 +41,7 @@ FQ_INLINE pi pi_highest_each(const pi *a) {
   for (int i = 0; i < 2; i++)
     r[i] = _mm_max_epi32(_mm_blend_epi16(a[2 * i], a[2 * i + 1], 0xcc),
                          _mm_shuffle_epi32(_mm_blend_epi16(a[2 * i], a[2 * i + 1], 0x33), 0xb1));
-  return _mm_max_epi32(_mm_blend_epi16(r[0], r[1], 0xf0),
-                       _mm_shuffle_epi32(_mm_blend_epi16(r[0], r[1], 0x0f), 0x4e));
+  return _mm_max_epi32(_mm_blend_epi16(r[0], r[1], 0xf0), _mm_shuffle_epi32(_mm_blend_epi16(r[0], r[1], 0x0f), 0x4e));
 }
 
 /* The exponent is moved by a multiplication with 2^112, which is exact and also makes denormals right. */
