@@ -50,7 +50,7 @@ def install(home: Path, extra: str) -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         requires = tomllib.load(file)["build-system"]["requires"]
     environment = {**os.environ, "PATH": f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-    pip = [home / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    pip = [str(home / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     subprocess.run([*pip, *requires, "ninja"], check=True, env=environment)
     subprocess.run(
         [*pip, "--no-build-isolation", f"--config-settings=build-dir={home / 'build'}", f"{ROOT}[{extra}]"],
