@@ -10,6 +10,7 @@ import typer
 from flightquant.cython_core.engine import Limits
 from flightquant.server.app import run
 from flightquant.server.config import ConfigError, ServerConfig, default_bytes_in_flight
+from flightquant.server.heap import use_one_heap
 
 # Kubernetes sets NAME_PORT, NAME_SERVICE_HOST, NAME_SERVICE_PORT_... and NAME_PORT_<number>_... for every Service:
 # none of the names below can be one of these, whatever a Service is called (tests/server/test_cli.py).
@@ -104,6 +105,7 @@ def serve(
         )
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
+    use_one_heap()
     try:
         run(config)
     except OSError as error:
