@@ -12,7 +12,6 @@ import contextlib
 import re
 from collections import deque
 from collections.abc import Iterator
-from itertools import chain
 from queue import SimpleQueue
 from threading import Condition, Thread
 from typing import Any
@@ -38,7 +37,9 @@ from flightquant.wire import CONTRACT_VERSION, EndMessage
 _BROKEN = (flight.FlightError, pa.ArrowException, OSError)
 """What Flight raises for a stream that is broken, refused or ended by the other side."""
 JOIN_SECONDS = 10.0
-"""How long an ended call waits for its threads: only an iterator of the caller's own that blocks can hold them."""
+"""How long an ended call waits for its threads."""
+BLOCKED_SECONDS = 0.5
+"""How long it waits for a writer that waits for the caller's own iterator, which nothing here can wake."""
 
 
 class Window:
@@ -110,6 +111,7 @@ class Exchange:
         self._rows = 0
         self._batches = 0
         self._all_sent = False
+        self._pulling = False
         self._write_error: BaseException | None = None
         self.end: EndMessage | None = None
 
@@ -141,7 +143,7 @@ class Exchange:
             if not ended:
                 reader.cancel()
             for thread in threads:
-                thread.join(JOIN_SECONDS)
+                thread.join(BLOCKED_SECONDS if self._pulling else JOIN_SECONDS)
             if not any(thread.is_alive() for thread in threads):
                 with contextlib.suppress(*_BROKEN):
                     writer.close()
@@ -149,7 +151,8 @@ class Exchange:
     def _write(self, writer: flight.FlightStreamWriter, first: Request) -> None:
         schema = first.batch.schema
         try:
-            for request in chain((first,), self._requests):
+            request: Request | None = first
+            while request is not None:
                 if not request.batch.schema.equals(schema):
                     raise InvalidRequestError(
                         f"the schema changes in mid-stream, at layer {request.names[0]!r}", field="schema"
@@ -161,6 +164,9 @@ class Exchange:
                 self._batches += 1
                 if not self._put(writer, request):
                     return
+                self._pulling = True
+                request = next(self._requests, None)
+                self._pulling = False
             self._all_sent = True
             with contextlib.suppress(*_BROKEN):
                 writer.done_writing()

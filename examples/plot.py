@@ -24,13 +24,14 @@ def draw(layers: Sequence[LayerResult], path: Path, title: str) -> None:
     kinds: dict[str, list[LayerResult]] = {}
     for layer in layers:
         kinds.setdefault(_kind(layer), []).append(layer)
+    places, labels = _places(layers)
     style: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": _INK, "axes.labelcolor": _INK}
     style |= {"xtick.color": _INK, "ytick.color": _INK, "axes.edgecolor": _FAINT}
     with plt.rc_context(style):
         figure, (error, cost) = plt.subplots(1, 2, figsize=(11.5, 5.0), dpi=150)
         for colour, (kind, members) in zip(_COLOURS * len(kinds), kinds.items(), strict=False):
             look: dict[str, Any] = {"color": colour, "label": kind, "marker": "o", "markersize": 5, "linewidth": 1.6}
-            blocks = [_block(layer) for layer in members]
+            blocks = [places[layer.name] for layer in members]
             error.plot(blocks, [layer.sqnr_db for layer in members], **look, zorder=3)
             cost.plot(blocks, [layer.kernel_ns / 1e3 for layer in members], **look, zorder=3)
         error.set_title("Error: signal-to-noise ratio in dB, higher is better", loc="left", fontsize=10.5)
@@ -40,10 +41,9 @@ def draw(layers: Sequence[LayerResult], path: Path, title: str) -> None:
         cost.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         cost.yaxis.set_major_formatter("{x:g}")
         cost.yaxis.set_minor_locator(NullLocator())
-        last = max(map(_block, layers))
         for axes in (error, cost):
             axes.set_xlabel("encoder block")
-            axes.set_xticks(range(last + 1), [str(i) for i in range(last)] + [_last_label(layers, last)])
+            axes.set_xticks(range(len(labels)), labels)
             axes.grid(axis="y", color=_FAINT, linewidth=0.8)
             axes.spines[["top", "right", "left"]].set_visible(False)
             axes.tick_params(length=0)
@@ -58,28 +58,24 @@ def draw(layers: Sequence[LayerResult], path: Path, title: str) -> None:
             f"{bytes_in / 1e6:.1f} MB to {bytes_out / 1e6:.1f} MB, mean {mean:.1f} dB",
             color="#5c6670",
         )
-        handles, labels = error.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="lower center", ncol=len(kinds), frameon=False, fontsize=9)
+        figure.legend(
+            *error.get_legend_handles_labels(), loc="lower center", ncol=len(kinds), frameon=False, fontsize=9
+        )
         figure.tight_layout(rect=(0, 0.06, 1, 0.95), w_pad=3)
         figure.savefig(path)
         plt.close(figure)
 
 
-def _numbers(layer: LayerResult) -> list[str]:
-    return re.findall(r"\.(\d+)\.", layer.name)
-
-
-def _block(layer: LayerResult) -> int:
-    """Where a layer stands; what belongs to no block comes after the last one."""
-    numbers = _numbers(layer)
-    return int(numbers[0]) if numbers else 6
+def _places(layers: Sequence[LayerResult]) -> tuple[dict[str, int], list[str]]:
+    """Where each layer stands, and what stands there; layers of no block come after the last one."""
+    found = {layer.name: re.search(r"\.(\d+)\.", layer.name) for layer in layers}
+    blocks = {name: int(number[1]) for name, number in found.items() if number}
+    after = max(blocks.values(), default=-1) + 1
+    labels = [str(block) for block in range(after)] + (["after"] if len(blocks) < len(layers) else [])
+    return {name: blocks.get(name, after) for name in found}, labels
 
 
 def _kind(layer: LayerResult) -> str:
     """A short name for the legend: what follows the block's number."""
     name = re.sub(r"^.*\.\d+\.", "", layer.name).removesuffix(".weight")
     return name.replace(".self", "").replace(".dense", "").replace("attention.output", "attention.out")
-
-
-def _last_label(layers: Sequence[LayerResult], last: int) -> str:
-    return str(last) if any(_numbers(layer) and _block(layer) == last for layer in layers) else "after"

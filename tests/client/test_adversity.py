@@ -159,6 +159,25 @@ def test_an_error_of_the_callers_own_comes_back_as_it_is(serve: Serve) -> None:
     assert no_thread_left()
 
 
+def test_a_failed_call_does_not_wait_for_the_callers_iterator(serve: Serve, faults: Any) -> None:
+    released = threading.Event()
+
+    def blocked() -> Iterator[pa.RecordBatch]:
+        yield from batches(1)
+        released.wait(60)
+
+    sent = flight.FlightServerError("internal: no")
+    with QuantClient(serve(faults(fail_after=(1, sent))).uri) as client, pytest.raises(InternalError):
+        client.quantize(blocked(), "int4")
+    assert not released.is_set()
+    assert not no_thread_left()
+    released.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("flightquant-"):
+            thread.join(10)
+    assert no_thread_left()
+
+
 def test_an_error_in_the_progress_callback_ends_the_call(serve: Serve) -> None:
     def progress(name: str, fraction: float) -> None:
         raise RuntimeError("no screen")
