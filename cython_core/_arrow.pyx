@@ -60,11 +60,17 @@ cdef class ListColumn:
         Size of a value.
     offsets : int64 array of shape (rows + 1,)
         Row i holds the values from ``offsets[i]`` up to ``offsets[i + 1]``, counted from ``address``.
+    lengths : int64 array of shape (rows,)
+        Number of values of each row.
+    ordered : bool
+        Whether the offsets begin at 0 or more and never fall.
     """
 
     cdef readonly uintptr_t address
     cdef readonly int value_bytes
     cdef readonly object offsets
+    cdef readonly object lengths
+    cdef readonly bint ordered
     cdef object _base
 
     def __init__(self, column):
@@ -84,6 +90,17 @@ cdef class ListColumn:
         cdef const char *values = <const char *>child.buffers[1]
         self.address = 0 if values == NULL else <uintptr_t>(values + child.offset * self.value_bytes)
         self.offsets = self._read_offsets(kind, array)
+        self._measure_rows()
+
+    cdef void _measure_rows(self):
+        cdef const int64_t[::1] offsets = self.offsets
+        cdef Py_ssize_t rows = offsets.shape[0] - 1, i
+        self.lengths = np.empty(rows, np.int64)
+        cdef int64_t[::1] lengths = self.lengths
+        self.ordered = offsets[0] >= 0
+        for i in range(rows):
+            lengths[i] = offsets[i + 1] - offsets[i]
+            self.ordered &= lengths[i] >= 0
 
     cdef object _read_offsets(self, bytes kind, ArrowArray *array):
         cdef Py_ssize_t rows = array.length, i
@@ -109,6 +126,36 @@ cdef class ListColumn:
         else:
             raise TypeError(f"expected a list column, got format {kind!r}")
         return offsets
+
+
+def text_lengths(column):
+    """The longest text of a utf8 or large_utf8 array in bytes, and the index of its first empty one, or -1.
+
+    Nulls count as what their offsets say.
+    """
+    schema_capsule, array_capsule = column.__arrow_c_array__()
+    cdef ArrowSchema *schema = <ArrowSchema *>PyCapsule_GetPointer(schema_capsule, "arrow_schema")
+    cdef ArrowArray *array = <ArrowArray *>PyCapsule_GetPointer(array_capsule, "arrow_array")
+    cdef bytes kind = schema.format
+    if kind not in (b"u", b"U") or schema.dictionary != NULL:
+        raise TypeError(f"expected a text column, got format {kind!r}")
+    cdef bint wide = kind == b"U"
+    cdef const char *offsets = <const char *>array.buffers[1]
+    cdef int64_t longest = 0, empty = -1, begin = 0, end = 0
+    cdef int32_t narrow = 0
+    cdef Py_ssize_t i
+    for i in range(array.length + 1 if array.length else 0):
+        begin = end
+        if wide:
+            memcpy(&end, offsets + (array.offset + i) * 8, 8)
+        else:
+            memcpy(&narrow, offsets + (array.offset + i) * 4, 4)
+            end = narrow
+        if i and end - begin > longest:
+            longest = end - begin
+        if i and empty < 0 and end == begin:
+            empty = i - 1
+    return longest, empty
 
 
 def read_shapes(ListColumn column, const int64_t[::1] lengths, int max_dims, int64_t[:, ::1] matrix):

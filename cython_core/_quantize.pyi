@@ -7,10 +7,29 @@ from typing_extensions import disjoint_base
 DTYPES: dict[str, int]
 FAMILIES: dict[str, int]
 TILE: int
-JOB_FIELDS: tuple[str, ...]
+SPEC_FIELDS: tuple[str, ...]
+JOB_WIDTH: int
 
 def available_isas() -> list[str]: ...
 def active_isa() -> str: ...
+def lay_out(
+    specs: npt.NDArray[np.int64],
+    spec_of_row: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int64],
+    lengths: npt.NDArray[np.int64],
+    matrix: npt.NDArray[np.int64],
+    failed: npt.NDArray[np.uint8],
+    jobs: npt.NDArray[np.int64],
+    rows: npt.NDArray[np.int64],
+    offsets: npt.NDArray[np.int64],
+    bytes_out: npt.NDArray[np.int64],
+) -> int: ...
+def quality_columns(
+    sums: npt.NDArray[np.float64],
+    sqnr_db: npt.NDArray[np.float32],
+    cosine: npt.NDArray[np.float32],
+    max_abs_error: npt.NDArray[np.float32],
+) -> None: ...
 
 @disjoint_base
 class Plan:
@@ -18,7 +37,16 @@ class Plan:
     def tiles(self) -> int: ...
     @property
     def reduce_tiles(self) -> int: ...
-    def __new__(cls, jobs: npt.NDArray[np.int64], given_amax: npt.NDArray[np.float32], isa: str) -> Self: ...
+    def __new__(
+        cls,
+        jobs: npt.NDArray[np.int64],
+        given_amax: npt.NDArray[np.float32],
+        isa: str,
+        measure: bool,
+        data: int,
+        scales: int,
+        zeros: int,
+    ) -> Self: ...
     def reduce(self, first: int, last: int, n_threads: int) -> None: ...
     def parameters(self) -> None: ...
     def quantize(self, first: int, last: int, n_threads: int) -> None: ...

@@ -5,6 +5,7 @@ fill the cores. The caller runs it slice by slice (``engine.py``), to look after
 """
 
 from cython.parallel cimport prange
+from libc.math cimport INFINITY, NAN, log10, sqrt
 from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -59,11 +60,92 @@ DTYPES = {"float32": FQ_F32, "float16": FQ_F16, "bfloat16": FQ_BF16, "float64": 
 FAMILIES = {"int8": FQ_INTEGER, "int4": FQ_INTEGER, "q8_0": FQ_Q8_0, "q4_0": FQ_Q4_0}
 TILE = FQ_TILE
 
-JOB_FIELDS = (
-    "weights", "data", "scales", "zeros", "n", "unit", "cols", "row_bytes", "family", "dtype", "arithmetic",
-    "scale_dtype", "bits", "symmetric", "shared_scale", "measure", "data_bytes", "scale_count",
+SPEC_FIELDS = (
+    "family", "dtype", "arithmetic", "scale_dtype", "bits", "symmetric", "shared_scale", "group_size", "block_bytes",
 )
-"""Columns of a plan's job matrix: addresses first, then what kernels/fq.h says, then the sizes of the outputs."""
+"""Columns of the table of specs that ``lay_out`` takes; ``group_size`` 0 stands for a whole row."""
+
+cdef enum:  # columns of a job matrix
+    WEIGHTS, DATA, SCALES, ZEROS, N, UNIT, COLS, ROW_BYTES, FAMILY, DTYPE, ARITHMETIC, SCALE_DTYPE, BITS, SYMMETRIC
+    SHARED_SCALE, DATA_BYTES, SCALE_COUNT, JOB_COLUMNS
+
+JOB_WIDTH = JOB_COLUMNS
+
+
+def lay_out(
+    const int64_t[:, ::1] specs,
+    const int64_t[::1] spec_of_row,
+    const int64_t[::1] starts,
+    const int64_t[::1] lengths,
+    const int64_t[:, ::1] matrix,
+    const uint8_t[::1] failed,
+    int64_t[:, ::1] jobs,
+    int64_t[::1] rows,
+    int64_t[:, ::1] offsets,
+    int64_t[::1] bytes_out,
+):
+    """Make one job of every row that has not failed and is not empty, and lay out the memory of the answers.
+
+    Parameters
+    ----------
+    specs : int64 array of shape (specs, len(SPEC_FIELDS))
+    spec_of_row : int64 array of shape (rows,)
+        Index into ``specs``.
+    starts, lengths : int64 array of shape (rows,)
+        Address and number of the weights.
+    matrix : int64 array of shape (rows, 2)
+        Rows and columns of each tensor; the columns are a multiple of the group size.
+    failed : uint8 array of shape (rows,)
+    jobs : int64 array of shape (rows, JOB_WIDTH), written
+        Of the jobs made; addresses of outputs are offsets in bytes, -1 for none.
+    rows : int64 array of shape (rows,), written
+        The row of each job.
+    offsets : int64 array of shape (3, rows + 1), written
+        Where each row's packed bytes, scales and zero points begin, counted in values.
+    bytes_out : int64 array of shape (rows,), written
+        Bytes of each row's outputs.
+
+    Returns
+    -------
+    int
+        Number of jobs.
+    """
+    cdef Py_ssize_t count = 0, i
+    cdef int64_t group_size, block_bytes, data, scales, zeros
+    cdef const int64_t[:] spec
+    cdef int64_t[:] job
+    offsets[0, 0] = offsets[1, 0] = offsets[2, 0] = 0
+    for i in range(lengths.shape[0]):
+        data = scales = zeros = 0
+        if not failed[i] and lengths[i] > 0:
+            spec, job = specs[spec_of_row[i]], jobs[count]
+            group_size, block_bytes = spec[7], spec[8]
+            job[WEIGHTS], job[N], job[COLS] = starts[i], lengths[i], matrix[i, 1]
+            job[UNIT] = group_size if group_size else matrix[i, 1]
+            job[FAMILY], job[DTYPE], job[ARITHMETIC], job[SCALE_DTYPE] = spec[0], spec[1], spec[2], spec[3]
+            job[BITS], job[SYMMETRIC], job[SHARED_SCALE] = spec[4], spec[5], spec[6]
+            if block_bytes:
+                job[ROW_BYTES] = matrix[i, 1] // group_size * block_bytes
+            elif job[BITS] == 8:
+                job[ROW_BYTES] = matrix[i, 1]
+            else:
+                job[ROW_BYTES] = (matrix[i, 1] * job[BITS] + 31) // 32 * 4
+            data = matrix[i, 0] * job[ROW_BYTES]
+            if not block_bytes:
+                scales = 1 if job[SHARED_SCALE] else lengths[i] // job[UNIT]
+            if not job[SYMMETRIC]:
+                zeros = scales
+            job[DATA] = offsets[0, i]
+            job[SCALES] = offsets[1, i] * 4 if scales else -1
+            job[ZEROS] = offsets[2, i] * 4 if zeros else -1
+            job[DATA_BYTES], job[SCALE_COUNT] = data, scales
+            rows[count] = i
+            count += 1
+        offsets[0, i + 1] = offsets[0, i] + data
+        offsets[1, i + 1] = offsets[1, i] + scales
+        offsets[2, i + 1] = offsets[2, i] + zeros
+        bytes_out[i] = data + 4 * (scales + zeros)
+    return count
 
 
 def available_isas():
@@ -92,6 +174,26 @@ _ACTIVE = _choose_isa()
 def active_isa():
     """Name of the instruction set in use: the best one, or what the environment's FLIGHTQUANT_ISA names."""
     return _ACTIVE
+
+
+def quality_columns(
+    const double[:, ::1] sums, float[::1] sqnr_db, float[::1] cosine, float[::1] max_abs_error
+):
+    """``reference.quality.columns`` of rows of sums, written into three float32 arrays of shape (rows,)."""
+    cdef double x2, e2, xe, y2, angle
+    cdef Py_ssize_t i
+    for i in range(sums.shape[0]):
+        x2, e2, xe = sums[i, 0], sums[i, 1], sums[i, 2]
+        y2 = x2 + 2 * xe + e2
+        max_abs_error[i] = <float>sums[i, 3]
+        if x2 + e2 != x2 + e2:
+            sqnr_db[i] = cosine[i] = <float>NAN
+        elif e2 == 0:
+            sqnr_db[i], cosine[i] = <float>INFINITY, 1
+        else:
+            sqnr_db[i] = <float>(10 * log10(x2 / e2))
+            angle = (x2 + xe) / sqrt(x2 * y2) if x2 > 0 and y2 > 0 else 0
+            cosine[i] = 1 if angle > 1 else -1 if angle < -1 else <float>angle
 
 
 cdef int64_t now() noexcept nogil:
@@ -123,8 +225,17 @@ cdef class Plan:
     cdef const float[::1] _given_amax
     cdef int64_t _n_jobs
 
-    def __cinit__(self, const int64_t[:, ::1] jobs, const float[::1] given_amax, str isa):
-        """Plan the jobs of a matrix of shape (jobs, len(JOB_FIELDS)).
+    def __cinit__(
+        self,
+        const int64_t[:, ::1] jobs,
+        const float[::1] given_amax,
+        str isa,
+        bint measure,
+        uintptr_t data,
+        uintptr_t scales,
+        uintptr_t zeros,
+    ):
+        """Plan the jobs of a matrix of shape (jobs, JOB_WIDTH), as ``lay_out`` makes it.
 
         Parameters
         ----------
@@ -132,9 +243,13 @@ cdef class Plan:
             Magnitude to use in place of the largest one found, for symmetric jobs with one scale; NaN for none.
         isa : str
             One of ``available_isas()``.
+        measure : bool
+            Fill the quality sums.
+        data, scales, zeros : int
+            Addresses of the memory for packed bytes, scales and zero points.
         """
-        if jobs.shape[1] != 18 or given_amax.shape[0] != jobs.shape[0]:
-            raise ValueError(f"expected a matrix of 18 columns, got {jobs.shape[1]}")
+        if jobs.shape[1] != JOB_COLUMNS or given_amax.shape[0] != jobs.shape[0]:
+            raise ValueError(f"expected a matrix of {JOB_WIDTH} columns, got {jobs.shape[1]}")
         self._kernels = fq_find(isa.encode())
         if self._kernels == NULL:
             raise ValueError(f"instruction set {isa!r} is not one of {', '.join(available_isas())}")
@@ -143,22 +258,23 @@ cdef class Plan:
         self._jobs = <fq_job *>calloc(max(self._n_jobs, 1), sizeof(fq_job))
         if self._jobs == NULL:
             raise MemoryError()
-        cdef int64_t i
         self._given_amax = given_amax
+        cdef int64_t i
         for i in range(self._n_jobs):
-            self._fill_job(i)
+            self._fill_job(i, measure, data, scales, zeros)
         self._cut_tiles()
 
-    cdef void _fill_job(self, int64_t i) noexcept:
+    cdef void _fill_job(self, int64_t i, bint measure, uintptr_t data, uintptr_t scales, uintptr_t zeros) noexcept:
         cdef fq_job *job = &self._jobs[i]
-        cdef const int64_t[:] row = self._matrix[i]
-        job.weights = <const void *><uintptr_t>row[0]
-        job.data = <uint8_t *><uintptr_t>row[1]
-        job.scales = <float *><uintptr_t>row[2]
-        job.zeros = <float *><uintptr_t>row[3]
-        job.n, job.unit, job.cols, job.row_bytes = row[4], row[5], row[6], row[7]
-        job.family, job.dtype, job.arithmetic, job.scale_dtype = row[8], row[9], row[10], row[11]
-        job.bits, job.symmetric, job.shared_scale, job.measure = row[12], row[13], row[14], row[15]
+        cdef const int64_t *row = &self._matrix[i, 0]
+        job.weights = <const void *><uintptr_t>row[WEIGHTS]
+        job.data = <uint8_t *>(data + <uintptr_t>row[DATA])
+        job.scales = <float *>(scales + <uintptr_t>row[SCALES]) if row[SCALES] >= 0 else NULL
+        job.zeros = <float *>(zeros + <uintptr_t>row[ZEROS]) if row[ZEROS] >= 0 else NULL
+        job.n, job.unit, job.cols, job.row_bytes = row[N], row[UNIT], row[COLS], row[ROW_BYTES]
+        job.family, job.dtype, job.arithmetic = row[FAMILY], row[DTYPE], row[ARITHMETIC]
+        job.scale_dtype, job.bits, job.symmetric = row[SCALE_DTYPE], row[BITS], row[SYMMETRIC]
+        job.shared_scale, job.measure = row[SHARED_SCALE], measure
 
     cdef int _cut_tiles(self) except -1:
         cdef int64_t i, count = 0, reduced = 0
@@ -311,8 +427,8 @@ cdef class Plan:
 
     cdef void _clear(self, int64_t j) noexcept:
         """What a refused layer leaves must hold nothing of it, nor of the memory's last user."""
-        cdef int64_t count = self._matrix[j, 17]
-        memset(self._jobs[j].data, 0, self._matrix[j, 16])
+        cdef int64_t count = self._matrix[j, SCALE_COUNT]
+        memset(self._jobs[j].data, 0, self._matrix[j, DATA_BYTES])
         if self._jobs[j].scales != NULL:
             memset(self._jobs[j].scales, 0, count * sizeof(float))
         if self._jobs[j].zeros != NULL:

@@ -2,7 +2,7 @@
 
 OpenMP starts a team for every thread that opens a parallel region, and a Flight server has a thread for every call. So
 all large work runs on one dispatcher thread, whose team is the budget; callers take turns there, a few milliseconds
-each. Work of a tile or two runs where it is, as many at a time as there are threads.
+each. Work of few tiles (1 MiB of float32) runs where it is, as many at a time as there are threads.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-SMALL_TILES = 2
+SMALL_TILES = 4
 
 
 def available_cpus() -> int:

@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from flightquant.cython_core._quantize import DTYPES, FAMILIES, JOB_FIELDS, Plan, active_isa, available_isas
+from flightquant.cython_core._quantize import (
+    DTYPES,
+    FAMILIES,
+    JOB_WIDTH,
+    Plan,
+    active_isa,
+    available_isas,
+    lay_out,
+)
 from flightquant.cython_core.answer import build_answer, with_nulls
 from flightquant.cython_core.budget import ThreadBudget, available_cpus
 from flightquant.cython_core.validate import (
-    VALUE_BYTES,
     CheckedBatch,
     Limits,
+    Request,
     check_batch,
-    check_parts,
     read_global_amax,
     read_overrides,
 )
 from flightquant.errors import DeadlineError, InvalidRequestError, LayerError, TooLargeError, clip_text
-from flightquant.reference import packed_bytes
 from flightquant.spec import Command, LayerSpec
-from flightquant.wire import EndMessage, answer_schema, check_request_schema
+from flightquant.wire import EndMessage, answer_schema
 
 __all__ = ["Answer", "Engine", "Limits", "Session"]
 
 SLICE_TILES = 64
 """Tiles between two looks at ``should_stop`` and at other callers: 16 MiB of float32, a few milliseconds."""
 MAX_ANSWER_BYTES = 2**31 - 1
-_COLUMN = {name: index for index, name in enumerate(JOB_FIELDS)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +148,9 @@ class Session:
 
     def __init__(self, engine: Engine, schema: pa.Schema, command: Command, limits: Limits) -> None:
         self._engine = engine
-        self._request_schema = schema
+        self._request = Request(schema)
         self._command = command
         self._limits = limits
-        self.dtype = check_request_schema(schema)
         self.schema = answer_schema(schema)
         self.end = EndMessage()
 
@@ -163,28 +167,27 @@ class Session:
             ``should_stop`` returned true; it is asked every few milliseconds.
         """
         start = time.perf_counter()
-        if batch.schema != self._request_schema:
-            raise InvalidRequestError("the schema changed within the stream", field="schema", expected="one schema")
-        checked = check_batch(batch, self.dtype, self._limits)
-        check_parts(batch)
+        checked = check_batch(batch, self._request, self._limits)
         self._check_call_bytes(checked)
-        work = _Work(batch, checked, self._command, self.dtype)
+        work = _Work(batch, checked, self._command, self._request)
         self._abort_on(checked)
         seconds = {"validate": time.perf_counter() - start, "queue": 0.0, "kernel": 0.0}
-        if work.jobs.shape[0]:
-            plan = Plan(work.jobs, work.given_amax, self._engine.isa)
+        if work.rows.size:
+            plan = work.plan(self._engine.isa, self._command.metrics)
             seconds |= self._engine.run(plan, should_stop)
             plan.finish(work.sums, work.first_bad, work.nanoseconds)
-        work.note_non_finite()
-        self._abort_on(checked)
+            work.note_non_finite()
+            self._abort_on(checked)
         answer = build_answer(batch, checked, work, self._command, self.schema)
-        self._add_up(answer, checked)
+        self._add_up(work)
         return Answer(answer, work.row_sums, seconds)
 
     def _check_call_bytes(self, checked: CheckedBatch) -> None:
         limit = self._limits.max_call_bytes
-        total = self.end.bytes_in + int(checked.lengths.sum()) * VALUE_BYTES[self.dtype]
-        if limit is not None and total > limit:
+        if limit is None:
+            return
+        total = self.end.bytes_in + int(checked.lengths.sum()) * self._request.value_bytes
+        if total > limit:
             raise TooLargeError(
                 f"the call has sent {total} bytes of weights; expected at most {limit}",
                 field="weights",
@@ -199,13 +202,14 @@ class Session:
             name = clip_text(checked.names[row].as_py(), 200)
             raise LayerError(status, f'layer "{name}" (row {self.end.rows + row}): {status}: {text}', got=status)
 
-    def _add_up(self, answer: pa.RecordBatch, checked: CheckedBatch) -> None:
-        self.end.rows += answer.num_rows
+    def _add_up(self, work: _Work) -> None:
+        checked = work.checked
+        self.end.rows += len(checked.lengths)
         self.end.batches += 1
         self.end.failed_rows += len(checked.failures)
-        for name in ("bytes_in", "bytes_out", "bytes_copied", "kernel_ns"):
-            total = int(answer.column(name).to_numpy().sum())
-            setattr(self.end, name, getattr(self.end, name) + total)
+        self.end.bytes_in += int(checked.lengths.sum()) * self._request.value_bytes
+        self.end.bytes_out += int(work.bytes_out.sum())
+        self.end.kernel_ns += int(work.nanoseconds.sum())
 
 
 class _Work:
@@ -215,32 +219,48 @@ class _Work:
     memory for the whole batch, in row order, so that it becomes an Arrow column as it is.
     """
 
-    def __init__(self, batch: pa.RecordBatch, checked: CheckedBatch, command: Command, dtype: str) -> None:
+    def __init__(self, batch: pa.RecordBatch, checked: CheckedBatch, command: Command, request: Request) -> None:
         self.checked = checked
-        self.dtype = dtype
-        self.specs: list[LayerSpec] = []
-        self.spec_of_row = self._resolve(batch, command)
-        amax = read_global_amax(batch, checked.failures)
+        self.request = request
+        self.specs: list[LayerSpec] = [command.layer_spec()]
+        self.spec_of_row = self._resolve(read_overrides(batch, request), command)
+        amax = read_global_amax(batch, request, checked.failures)
         self._refuse_uneven()
         count = batch.num_rows
-        good = np.ones(count, bool)
-        good[list(checked.failures)] = False
-        self.data_bytes, self.scale_count, self.zero_count = self._sizes(good)
-        self.data = _Buffer(self.data_bytes, 1)
-        self.scales = _Buffer(self.scale_count, 4)
-        self.zeros = _Buffer(self.zero_count, 4)
-        self.rows = np.flatnonzero(good & (checked.lengths > 0))
-        self.jobs = self._jobs(command.metrics)
-        self.given_amax = np.ascontiguousarray(amax[self.rows])
-        self.sums = np.zeros((len(self.rows), 4))
-        self.first_bad = np.full(len(self.rows), -1, np.int64)
-        self.nanoseconds = np.zeros(len(self.rows), np.int64)
+        failed = np.zeros(count, np.uint8)
+        if checked.failures:
+            failed[list(checked.failures)] = 1
+        jobs = np.empty((count, JOB_WIDTH), np.int64)
+        rows = np.empty(count, np.int64)
+        offsets = np.empty((3, count + 1), np.int64)
+        self.bytes_out = np.empty(count, np.int64)
+        made = lay_out(
+            _spec_table(tuple(self.specs), request.dtype),
+            self.spec_of_row,
+            checked.starts,
+            checked.lengths,
+            checked.matrix,
+            failed,
+            jobs,
+            rows,
+            offsets,
+            self.bytes_out,
+        )
+        self._jobs, self.rows = jobs[:made], rows[:made]
+        self._given_amax = amax[self.rows]
+        self.data, self.scales, self.zeros = (_Buffer(offsets, k, width) for k, width in enumerate((1, 4, 4)))
+        self.sums = np.zeros((made, 4))
+        self.first_bad = np.empty(made, np.int64)
+        self.nanoseconds = np.empty(made, np.int64)
 
-    def _resolve(self, batch: pa.RecordBatch, command: Command) -> npt.NDArray[np.int64]:
+    def plan(self, isa: str, measure: bool) -> Plan:
+        """The kernels' plan of all jobs."""
+        outputs = (self.data.address, self.scales.address, self.zeros.address)
+        return Plan(self._jobs, self._given_amax, isa, measure, *outputs)
+
+    def _resolve(self, overrides: Sequence[Mapping[str, Any]] | None, command: Command) -> npt.NDArray[np.int64]:
         """Index into ``specs`` of every row; a row that asks for what does not exist fails."""
-        overrides = read_overrides(batch)
-        self.specs.append(command.layer_spec())
-        chosen = np.zeros(batch.num_rows, np.int64)
+        chosen = np.zeros(len(self.checked.lengths), np.int64)
         if overrides is None:
             return chosen
         known: dict[LayerSpec, int] = {self.specs[0]: 0}
@@ -261,7 +281,10 @@ class _Work:
         """A group never crosses a row, so it must divide it."""
         sizes = np.array([spec.group_size or 1 for spec in self.specs])[self.spec_of_row]
         cols = self.checked.matrix[:, 1]
-        for i in np.flatnonzero((cols > 0) & (cols % sizes != 0)):
+        uneven = cols % sizes
+        if not uneven.any():
+            return
+        for i in np.flatnonzero((cols > 0) & (uneven != 0)):
             spec = self.specs[self.spec_of_row[i]]
             text = (
                 f"a row of {cols[i]} weights is no multiple of {spec.scheme.name}'s group size {sizes[i]}; expected "
@@ -269,84 +292,55 @@ class _Work:
             )
             self.checked.failures.setdefault(int(i), ("unsupported", text))
 
-    def _sizes(
-        self, good: npt.NDArray[np.bool_]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Bytes of packed data, scales and zero points of every row; 0 for rows that failed or are empty."""
-        rows, cols = self.checked.matrix[:, 0], self.checked.matrix[:, 1]
-        data, scales, zeros = (np.zeros(len(rows), np.int64) for _ in range(3))
-        for index, spec in enumerate(self.specs):
-            mine = np.flatnonzero((self.spec_of_row == index) & good & (self.checked.lengths > 0))
-            if not mine.size:
-                continue
-            data[mine] = packed_bytes(spec, rows[mine], cols[mine])
-            if spec.scheme.block_bytes:
-                continue
-            if spec.granularity == "tensor":
-                scales[mine] = 1
-            else:
-                scales[mine] = rows[mine] * (cols[mine] // spec.group_size if spec.group_size else 1)
-            zeros[mine] = 0 if spec.symmetric else scales[mine]
-        return data, scales, zeros
-
-    def _jobs(self, measure: bool) -> npt.NDArray[np.int64]:
-        """The plan's job matrix, column by column."""
-        rows, checked = self.rows, self.checked
-        jobs = np.zeros((len(rows), len(JOB_FIELDS)), np.int64)
-
-        def fill(name: str, values: Any) -> None:
-            jobs[:, _COLUMN[name]] = values
-
-        cols = checked.matrix[rows, 1]
-        fill("weights", checked.starts[rows])
-        fill("n", checked.lengths[rows])
-        fill("cols", cols)
-        fill("measure", measure)
-        fill("data", self.data.address + self.data.offsets[rows])
-        fill("data_bytes", self.data_bytes[rows])
-        fill("scale_count", self.scale_count[rows])
-        fill("row_bytes", self.data_bytes[rows] // np.maximum(checked.matrix[rows, 0], 1))
-        for index, spec in enumerate(self.specs):
-            mine = np.flatnonzero(self.spec_of_row[rows] == index)
-            options = {
-                "family": FAMILIES[spec.scheme.name],
-                "dtype": DTYPES[self.dtype],
-                "arithmetic": DTYPES[spec.arithmetic_for(self.dtype)],
-                "scale_dtype": DTYPES[spec.scale_dtype_for(self.dtype)],
-                "bits": spec.scheme.bits,
-                "symmetric": spec.symmetric,
-                "shared_scale": spec.granularity == "tensor",
-            }
-            for name, value in options.items():
-                jobs[mine, _COLUMN[name]] = value
-            jobs[mine, _COLUMN["unit"]] = spec.group_size or cols[mine]
-            if not spec.scheme.block_bytes:
-                jobs[mine, _COLUMN["scales"]] = self.scales.address + self.scales.offsets[rows[mine]] * 4
-            if not spec.symmetric:
-                jobs[mine, _COLUMN["zeros"]] = self.zeros.address + self.zeros.offsets[rows[mine]] * 4
-        return jobs
-
     def note_non_finite(self) -> None:
         """Turn rows in which the kernels met NaN or infinity into failures."""
+        if self.first_bad.max(initial=-1) < 0:
+            return
         for k in np.flatnonzero(self.first_bad >= 0):
             text = f"weight {self.first_bad[k]} is NaN or infinite as float32; expected finite weights"
             self.checked.failures.setdefault(int(self.rows[k]), ("non_finite", text))
             self.sums[k] = 0
+            self.bytes_out[self.rows[k]] = 0
 
     @cached_property
     def row_sums(self) -> npt.NDArray[np.float64]:
         """Quality sums of every row of the batch, of shape (rows, 4)."""
+        if len(self.rows) == len(self.checked.lengths):
+            return self.sums
         sums = np.zeros((len(self.checked.lengths), 4))
         sums[self.rows] = self.sums
         return sums
 
 
-class _Buffer:
-    """Memory from Arrow's pool for one output column: rows of ``counts`` values of ``width`` bytes."""
+@lru_cache(maxsize=256)
+def _spec_table(specs: tuple[LayerSpec, ...], dtype: str) -> npt.NDArray[np.int64]:
+    """The specs as ``lay_out`` takes them, one row of SPEC_FIELDS each."""
+    return np.array(
+        [
+            (
+                FAMILIES[spec.scheme.name],
+                DTYPES[dtype],
+                DTYPES[spec.arithmetic_for(dtype)],
+                DTYPES[spec.scale_dtype_for(dtype)],
+                spec.scheme.bits,
+                spec.symmetric,
+                spec.granularity == "tensor",
+                spec.group_size,
+                spec.scheme.block_bytes,
+            )
+            for spec in specs
+        ],
+        np.int64,
+    )
 
-    def __init__(self, counts: npt.NDArray[np.int64], width: int) -> None:
-        self.offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-        nbytes = int(self.offsets[-1]) * width
+
+class _Buffer:
+    """Memory from Arrow's pool for one output column: values of ``width`` bytes, row by row as ``lay_out`` says."""
+
+    def __init__(self, offsets: npt.NDArray[np.int64], column: int, width: int) -> None:
+        self._offsets = offsets[column]
+        self._length = int(offsets[column, -1])
+        nbytes = self._length * width
         if nbytes > MAX_ANSWER_BYTES:
             raise TooLargeError(
                 f"the answer to one batch would have {nbytes} bytes; expected at most {MAX_ANSWER_BYTES} "
@@ -355,14 +349,15 @@ class _Buffer:
                 got=nbytes,
                 expected=MAX_ANSWER_BYTES,
             )
-        self.buffer = pa.allocate_buffer(nbytes)
-        self.address = self.buffer.address
+        self._buffer = pa.allocate_buffer(nbytes)
+        self.address = self._buffer.address
 
-    def as_lists(self, kind: pa.DataType, values: pa.DataType | None, valid: npt.NDArray[np.bool_]) -> pa.Array:
+    def as_lists(self, kind: pa.DataType, values: pa.DataType | None, valid: npt.NDArray[np.bool_] | None) -> pa.Array:
         """The memory as a column of ``kind``: binary, or a list of ``values``; null where not ``valid``."""
-        offsets = pa.py_buffer(self.offsets.astype(np.int32))
-        mask, nulls = with_nulls(valid)
+        offsets = pa.py_buffer(self._offsets.astype(np.int32))
+        mask, nulls = (None, 0) if valid is None else with_nulls(valid)
+        count = len(self._offsets) - 1
         if values is None:
-            return pa.Array.from_buffers(kind, len(valid), [mask, offsets, self.buffer], nulls)
-        child = pa.Array.from_buffers(values, int(self.offsets[-1]), [None, self.buffer])
-        return pa.Array.from_buffers(kind, len(valid), [mask, offsets], nulls, children=[child])
+            return pa.Array.from_buffers(kind, count, [mask, offsets, self._buffer], nulls)
+        child = pa.Array.from_buffers(values, self._length, [None, self._buffer], 0)
+        return pa.Array.from_buffers(kind, count, [mask, offsets], nulls, children=[child])

@@ -15,10 +15,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flightquant.cython_core._arrow import ListColumn, read_shapes
+from flightquant.cython_core._arrow import ListColumn, read_shapes, text_lengths
 from flightquant.errors import InvalidRequestError, TooLargeError
 from flightquant.spec import OVERRIDE_KEYS
-from flightquant.wire import MAX_NAME_BYTES
+from flightquant.wire import MAX_NAME_BYTES, check_request_schema
 
 GIB = 1 << 30
 VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
@@ -46,6 +46,32 @@ class Limits:
     max_call_bytes: int | None = None
     max_name_bytes: int = MAX_NAME_BYTES
     max_dims: int = 8
+
+
+class Request:
+    """What a call's schema says about all of its batches.
+
+    Attributes
+    ----------
+    dtype : str
+        Of the weights.
+    columns : frozenset of str
+        Names of the columns.
+    overrides : tuple of str
+        Those that override the command.
+
+    Raises
+    ------
+    InvalidRequestError
+        The schema is not the contract's.
+    """
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.dtype = check_request_schema(schema)
+        self.schema = schema
+        self.columns = frozenset(schema.names)
+        self.overrides = tuple(name for name in OVERRIDE_KEYS if name in self.columns)
+        self.value_bytes = VALUE_BYTES[self.dtype]
 
 
 @dataclass(slots=True)
@@ -77,22 +103,23 @@ class CheckedBatch:
     failures: dict[int, tuple[str, str]] = field(default_factory=dict)
 
 
-def check_batch(batch: pa.RecordBatch, dtype: str, limits: Limits) -> CheckedBatch:
-    """Check one batch whose schema has passed ``wire.check_request_schema``.
+def check_batch(batch: pa.RecordBatch, request: Request, limits: Limits) -> CheckedBatch:
+    """Check one batch of a call whose schema has passed.
 
     Raises
     ------
     InvalidRequestError
-        The batch breaks Arrow's own rules, so that no row of it can be trusted.
+        The batch breaks Arrow's own rules, so that no row of it can be trusted, or is of another schema.
     TooLargeError
         It has more rows or bytes, or a longer name, than the limits allow.
     """
-    rows = batch.num_rows
-    if rows > limits.max_rows:
+    if batch.schema != request.schema:
+        raise InvalidRequestError("the schema changed within the stream", field="schema", expected="one schema")
+    if batch.num_rows > limits.max_rows:
         raise TooLargeError(
-            f"the batch has {rows} rows; expected at most {limits.max_rows}",
+            f"the batch has {batch.num_rows} rows; expected at most {limits.max_rows}",
             field="num_rows",
-            got=rows,
+            got=batch.num_rows,
             expected=limits.max_rows,
         )
     try:
@@ -106,37 +133,38 @@ def check_batch(batch: pa.RecordBatch, dtype: str, limits: Limits) -> CheckedBat
     failures: dict[int, tuple[str, str]] = {}
     names = _check_names(batch.column("layer_name"), limits, failures)
     column = batch.column("weights")
-    weights, lengths = _borrow(column, VALUE_BYTES[dtype], "weights")
+    weights = _borrow(column, request.value_bytes, "weights")
     _find_nulls(column, weights, failures)
+    lengths = weights.lengths
     if column.null_count:
-        lengths[~column.is_valid().to_numpy(zero_copy_only=False)] = 0
-    _check_sizes(lengths * VALUE_BYTES[dtype], limits, failures)
-    starts = weights.address + weights.offsets[:-1] * VALUE_BYTES[dtype]
-    shapes, matrix = _check_shapes(batch, lengths, limits, failures)
+        lengths[column.is_null().to_numpy(zero_copy_only=False)] = 0
+    _check_sizes(lengths, request.value_bytes, limits, failures)
+    starts = weights.address + weights.offsets[:-1] * request.value_bytes
+    shapes, matrix = _check_shapes(batch, request, lengths, limits, failures)
+    if "row_offset" in request.columns:
+        _check_row_offset(batch.column("row_offset"))
     return CheckedBatch(names, weights, starts, lengths, matrix, shapes, failures)
 
 
-def _borrow(column: pa.Array, value_bytes: int, name: str) -> tuple[ListColumn, npt.NDArray[np.int64]]:
-    """A list column, borrowed, with its rows' lengths; every range is checked against the buffer's real size."""
+def _borrow(column: pa.Array, value_bytes: int, name: str) -> ListColumn:
+    """A list column, borrowed; every range is checked against the buffer's real size."""
     borrowed = ListColumn(column)
-    offsets = borrowed.offsets
-    lengths = np.diff(offsets)
-    child = column.values.buffers()[1]
-    last = int(offsets[-1]) if len(column) else 0
-    outside = len(column) and (offsets[0] < 0 or (lengths < 0).any())
-    # column.values starts at the child's own offset, which ListColumn adds to the address.
-    available = 0 if child is None else child.size - column.values.offset * value_bytes
-    if outside or last * value_bytes > max(available, 0) or (child is not None and not child.is_cpu):
+    values = column.values
+    child = values.buffers()[1]
+    # The values start at the child's own offset, which the address includes.
+    available = 0 if child is None else child.size - values.offset * value_bytes
+    last = int(borrowed.offsets[-1]) if len(column) else 0
+    if not borrowed.ordered or last * value_bytes > max(available, 0) or (child is not None and not child.is_cpu):
         raise InvalidRequestError(
             f'column "{name}" points outside its buffer', field=name, expected="offsets inside the values' buffer"
         )
-    return borrowed, lengths
+    return borrowed
 
 
 def _check_names(column: pa.Array, limits: Limits, failures: dict[int, tuple[str, str]]) -> pa.StringArray:
     """Names as plain text, none longer than the limit; a dictionary's entries are measured before they are copied."""
     plain = column.dictionary if pa.types.is_dictionary(column.type) else column
-    longest = pc.max(pc.binary_length(plain)).as_py() or 0
+    longest, empty = text_lengths(plain)
     if longest > limits.max_name_bytes:
         raise TooLargeError(
             f"a layer name is {longest} bytes long; expected at most {limits.max_name_bytes}",
@@ -144,10 +172,14 @@ def _check_names(column: pa.Array, limits: Limits, failures: dict[int, tuple[str
             got=longest,
             expected=limits.max_name_bytes,
         )
-    names = column.dictionary_decode() if plain is not column else column
-    names = names.cast(pa.utf8()).fill_null("")
-    for i in np.flatnonzero(pc.equal(pc.binary_length(names), 0).to_numpy(zero_copy_only=False)):
-        failures[int(i)] = ("empty_name", f"row {i} has no layer name; expected a text of at least one character")
+    names = column
+    if plain is not column or column.null_count or column.type != pa.utf8():
+        decoded = column.dictionary_decode() if plain is not column else column
+        names = decoded.cast(pa.utf8()).fill_null("")
+        _, empty = text_lengths(names)
+    if empty >= 0:
+        for i in np.flatnonzero(pc.equal(names, "").to_numpy(zero_copy_only=False)):
+            failures[int(i)] = ("empty_name", f"row {i} has no layer name; expected a text of at least one character")
     return names
 
 
@@ -165,8 +197,10 @@ def _find_nulls(column: pa.Array, weights: ListColumn, failures: dict[int, tuple
             failures.setdefault(int(row), ("null_weights", f"weight {index} is null; expected a number"))
 
 
-def _check_sizes(nbytes: npt.NDArray[np.int64], limits: Limits, failures: dict[int, tuple[str, str]]) -> None:
-    total = int(nbytes.sum())
+def _check_sizes(
+    lengths: npt.NDArray[np.int64], value_bytes: int, limits: Limits, failures: dict[int, tuple[str, str]]
+) -> None:
+    total = int(lengths.sum()) * value_bytes
     if total > limits.max_batch_bytes:
         raise TooLargeError(
             f"the batch has {total} bytes of weights; expected at most {limits.max_batch_bytes}",
@@ -174,83 +208,94 @@ def _check_sizes(nbytes: npt.NDArray[np.int64], limits: Limits, failures: dict[i
             got=total,
             expected=limits.max_batch_bytes,
         )
-    for i in np.flatnonzero(nbytes > limits.max_layer_bytes):
+    if total <= limits.max_layer_bytes:
+        return
+    for i in np.flatnonzero(lengths > limits.max_layer_bytes // value_bytes):
         failures.setdefault(
             int(i),
             (
                 "too_large",
-                f"the layer has {nbytes[i]} bytes of weights; expected at most {limits.max_layer_bytes} "
-                "(send it in parts with row_offset)",
+                f"the layer has {lengths[i] * value_bytes} bytes of weights; expected at most "
+                f"{limits.max_layer_bytes} (send it in parts with row_offset)",
             ),
         )
 
 
 def _check_shapes(
-    batch: pa.RecordBatch, lengths: npt.NDArray[np.int64], limits: Limits, failures: dict[int, tuple[str, str]]
+    batch: pa.RecordBatch,
+    request: Request,
+    lengths: npt.NDArray[np.int64],
+    limits: Limits,
+    failures: dict[int, tuple[str, str]],
 ) -> tuple[pa.Array, npt.NDArray[np.int64]]:
     """The answer's ``shape`` column, and rows and columns of every tensor."""
-    flat = np.stack([np.minimum(lengths, 1), lengths], axis=1)
-    offsets = np.arange(batch.num_rows + 1, dtype=np.int32)
-    default = pa.ListArray.from_arrays(pa.array(offsets), pa.array(lengths))
-    if "shape" not in batch.schema.names:
-        return default, flat
-    column = batch.column("shape")
-    given = column.is_valid().to_numpy(zero_copy_only=False)
-    borrowed, _ = _borrow(column, 8, "shape")
+    column = batch.column("shape") if "shape" in request.columns else None
+    if column is None:
+        return _flat_shapes(lengths), _flat_matrix(lengths)
+    borrowed = _borrow(column, 8, "shape")
     matrix = np.empty((batch.num_rows, 2), np.int64)
     read_shapes(borrowed, lengths, limits.max_dims, matrix)
-    matrix[~given] = flat[~given]
+    shapes = column if column.type == _SHAPE else column.cast(_SHAPE)
+    if column.null_count:
+        missing = column.is_null()
+        chosen = missing.to_numpy(zero_copy_only=False)
+        matrix[chosen] = _flat_matrix(lengths)[chosen]
+        shapes = pc.if_else(missing, _flat_shapes(lengths), shapes)
     if column.values.null_count:
-        inner = column.values.is_null().to_numpy(zero_copy_only=False)
-        counts = np.concatenate([np.zeros(1, np.int64), np.cumsum(inner)])
-        holed = counts[borrowed.offsets[1:]] - counts[borrowed.offsets[:-1]] > 0
-        matrix[given & holed] = -1
-    for i in np.flatnonzero(matrix[:, 0] < 0):
-        shown = column[int(i)].as_py()[: limits.max_dims + 1]
-        failures.setdefault(
-            int(i),
-            (
-                "shape_mismatch",
-                f"shape {shown} does not fit {lengths[i]} weights; expected at most {limits.max_dims} axes, none "
-                "negative, whose product is the number of weights",
-            ),
-        )
-    shapes = column.cast(pa.list_(pa.int64()))
-    return shapes if given.all() else pc.if_else(pa.array(given), shapes, default), matrix
+        holes = np.flatnonzero(column.values.is_null().to_numpy(zero_copy_only=False))
+        rows = np.searchsorted(borrowed.offsets, holes, side="right") - 1
+        matrix[rows[(rows >= 0) & (rows < batch.num_rows)]] = -1
+    if batch.num_rows and matrix.min() < 0:
+        for i in np.flatnonzero(matrix[:, 0] < 0):
+            shown = column[int(i)].as_py()[: limits.max_dims + 1]
+            failures.setdefault(
+                int(i),
+                (
+                    "shape_mismatch",
+                    f"shape {shown} does not fit {lengths[i]} weights; expected at most {limits.max_dims} axes, none "
+                    "negative, whose product is the number of weights",
+                ),
+            )
+    return shapes, matrix
 
 
-def check_parts(batch: pa.RecordBatch) -> None:
-    """``row_offset`` must not be negative.
+_SHAPE = pa.list_(pa.int64())
 
-    Raises
-    ------
-    InvalidRequestError
-        It is.
-    """
-    if "row_offset" not in batch.schema.names:
-        return
-    smallest = pc.min(batch.column("row_offset")).as_py()
+
+def _flat_shapes(lengths: npt.NDArray[np.int64]) -> pa.Array:
+    """``[length]`` for every row: the shape of a layer that came without one."""
+    offsets = np.arange(len(lengths) + 1, dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(lengths))
+
+
+def _flat_matrix(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.stack([np.minimum(lengths, 1), lengths], axis=1)
+
+
+def _check_row_offset(column: pa.Array) -> None:
+    smallest = pc.min(column).as_py()
     if smallest is not None and smallest < 0:
         raise InvalidRequestError(
             f'"row_offset" is {smallest}; expected 0 or more', field="row_offset", got=smallest, expected="0 or more"
         )
 
 
-def read_overrides(batch: pa.RecordBatch) -> list[Mapping[str, Any]] | None:
+def read_overrides(batch: pa.RecordBatch, request: Request) -> list[Mapping[str, Any]] | None:
     """Each row's non-null option values; None if the batch has no such column."""
-    present = [name for name in OVERRIDE_KEYS if name in batch.schema.names]
-    if not present:
+    if not request.overrides:
         return None
-    columns = {name: batch.column(name).to_pylist() for name in present}
+    columns = {name: batch.column(name).to_pylist() for name in request.overrides}
     return [
         {name: values[i] for name, values in columns.items() if values[i] is not None} for i in range(batch.num_rows)
     ]
 
 
-def read_global_amax(batch: pa.RecordBatch, failures: dict[int, tuple[str, str]]) -> npt.NDArray[np.float32]:
+def read_global_amax(
+    batch: pa.RecordBatch, request: Request, failures: dict[int, tuple[str, str]]
+) -> npt.NDArray[np.float32]:
     """The ``global_amax`` column as float32 of shape (rows,), NaN where it is null or missing."""
     none = np.full(batch.num_rows, np.nan, np.float32)
-    if "global_amax" not in batch.schema.names:
+    if "global_amax" not in request.columns:
         return none
     column = batch.column("global_amax")
     given = column.is_valid().to_numpy(zero_copy_only=False)

@@ -8,6 +8,7 @@ group or row (a *unit*) that is longer than it, nor one that is no multiple of 3
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,11 @@ def sums(x: F32, y: F32, unit: int) -> Sums:
     return total
 
 
+def _log10(ratios: Sums) -> Sums:
+    """The C library's logarithm, as the kernels use it: NumPy's own differs in the last bit on some processors."""
+    return np.array([math.log10(value) if value > 0 else -np.inf if value == 0 else np.nan for value in ratios])
+
+
 def columns(totals: Sums) -> tuple[F32, F32, F32]:
     """``sqnr_db``, ``cosine`` and ``max_abs_error`` (float32) of layers with ``totals`` of shape (layers, 4).
 
@@ -93,7 +99,7 @@ def columns(totals: Sums) -> tuple[F32, F32, F32]:
     x2, e2, xe, largest = np.asarray(totals, np.float64).reshape(-1, 4).T
     with np.errstate(all="ignore"):
         undefined = np.isnan(x2 + e2)
-        sqnr = np.where(e2 == 0, np.inf, 10.0 * np.log10(x2 / e2))
+        sqnr = np.where(e2 == 0, np.inf, 10.0 * _log10(x2 / e2))
         sqnr = np.where(undefined, np.nan, sqnr)
         y2 = x2 + 2.0 * xe + e2
         cosine = np.where(e2 == 0, 1.0, np.where((x2 > 0) & (y2 > 0), (x2 + xe) / np.sqrt(x2 * y2), 0.0))

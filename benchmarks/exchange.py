@@ -1,0 +1,147 @@
+"""The whole exchange over loopback, against one whose server does not compute: ``python benchmarks/exchange.py``.
+
+Both servers are processes of their own; one client process streams the same batches to each in turn. GB/s of input; CPU
+seconds of the server for each GiB of input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from harness import OtherLoad, header, machine, write_json
+from pyarrow import flight
+
+from flightquant.layers import as_layer, layers_batch
+
+GIB = 1 << 30
+SERVE = (
+    sys.executable,
+    "-m",
+    "flightquant.client.cli",
+    "serve",
+    "--location",
+    "grpc://127.0.0.1:0",
+    "--metrics-port",
+    "0",
+    "--health-port",
+    "0",
+    "--log-level",
+    "warning",
+)
+SAME_SIZES = (sys.executable, str(Path(__file__).with_name("same_sizes_server.py")))
+
+
+@contextmanager
+def server(command: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    """A server process: its address and process id."""
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        ready = json.loads(process.stdout.readline() if process.stdout else "null")
+        yield ready["flight"], process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a process has used, user and system."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def exchange(client: flight.FlightClient, batch: pa.RecordBatch, count: int, command: dict[str, Any]) -> None:
+    """Stream one batch so many times and read all answers; fails unless every row was answered."""
+    descriptor = flight.FlightDescriptor.for_command(json.dumps(command).encode())
+    writer, reader = client.do_exchange(descriptor)
+    with writer:
+        writer.begin(batch.schema)
+
+        def write() -> None:
+            for _ in range(count):
+                writer.write_batch(batch)
+            writer.done_writing()
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        answered, end = 0, None
+        for chunk in reader:
+            if chunk.data is None:
+                end = json.loads(chunk.app_metadata.to_pybytes())
+            else:
+                answered += chunk.data.num_rows
+        thread.join()
+    if end is None or answered != count * batch.num_rows:
+        raise RuntimeError(f"{answered} rows answered, {count * batch.num_rows} sent, end message {end}")
+
+
+def compare(batch_bytes: int, total: int, rounds: int, command: dict[str, Any]) -> dict[str, Any]:
+    """One batch size: both servers, round by round."""
+    cols = 1024
+    weights = (np.random.default_rng(3).standard_normal((batch_bytes // 4 // cols, cols)) * 0.02).astype(np.float32)
+    batch = layers_batch([as_layer("model.layers.0.mlp.up_proj.weight", weights)])
+    count = max(4, total // batch_bytes)
+    nbytes = count * weights.nbytes
+    sides: dict[str, dict[str, list[float]]] = {}
+    with server(SERVE) as computing, server(SAME_SIZES) as floor:
+        clients = {"flightquant": computing, "no computing": floor}
+        connections = {name: flight.connect(address) for name, (address, _) in clients.items()}
+        for turn in range(rounds + 1):
+            for name, (_, pid) in clients.items():
+                before, start = cpu_seconds(pid), time.perf_counter()
+                exchange(connections[name], batch, count, command)
+                seconds = time.perf_counter() - start
+                if turn:
+                    side = sides.setdefault(name, {"gb_s": [], "cpu_s_per_gib": []})
+                    side["gb_s"].append(nbytes / 1e9 / seconds)
+                    side["cpu_s_per_gib"].append((cpu_seconds(pid) - before) / (nbytes / GIB))
+    ratios = [a / b for a, b in zip(sides["flightquant"]["gb_s"], sides["no computing"]["gb_s"], strict=True)]
+    medians = {
+        name: {key: statistics.median(values) for key, values in side.items()}
+        | {"min": min(side["gb_s"]), "max": max(side["gb_s"])}
+        for name, side in sides.items()
+    }
+    return {"batch_bytes": batch_bytes, "bytes": nbytes, **medians, "ratio": statistics.median(ratios)}
+
+
+def main() -> None:
+    """Run, print, and write JSON where asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scheme", default="int4")
+    parser.add_argument("--batch-mib", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--total-mib", type=int, default=1024, help="input of one round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args()
+    facts, load = machine(), OtherLoad()
+    print(header(facts))
+    print(f"{options.scheme}, float32, {options.total_mib} MiB a round, {options.rounds} rounds, loopback")
+    found = []
+    for mib in options.batch_mib:
+        row = compare(mib << 20, options.total_mib << 20, options.rounds, {"scheme": options.scheme})
+        found.append(row)
+        for name in ("flightquant", "no computing"):
+            side = row[name]
+            print(
+                f"  {mib:3} MiB  {name:<13} {side['gb_s']:5.2f} GB/s ({side['min']:.2f} to {side['max']:.2f})"
+                f"  server CPU {side['cpu_s_per_gib']:.2f} s/GiB"
+            )
+        print(f"  {mib:3} MiB  ratio {row['ratio']:.2f} (median of the rounds' ratios)")
+    print(f"CPU time stolen by the host: {load.shares()['stolen']:.1%}")
+    write_json(options.json, {"machine": facts, "exchange": found})
+
+
+if __name__ == "__main__":
+    main()
