@@ -134,7 +134,7 @@ def convert(
     Parameters
     ----------
     quantize : callable
-        Given the layers, their answer batches in any order: :meth:`QuantClient.stream` or :func:`in_process`.
+        Given the layers, their answer batches in any order: :meth:`QuantClient.stream` or the local call.
 
     Raises
     ------
@@ -190,23 +190,3 @@ def _write_answers(batch: pa.RecordBatch, spec: LayerSpec, writer: SafetensorsWr
 
 
 _COPIED = ("bytes_in", "sqnr_db", "cosine", "max_abs_error", "kernel_ns", "bytes_copied")
-
-
-def in_process(
-    layers: Mapping[str, Layer], command: Command, progress: Callable[[str, float], None], n_threads: int | None = None
-) -> Iterator[pa.RecordBatch]:
-    """Answer batches from this machine's own kernels, layer by layer."""
-    from flightquant.cython_core.local import quantize
-
-    for name, layer in layers.items():
-        table = quantize(
-            {name: layer},
-            command.scheme,
-            granularity=command.granularity,
-            group_size=command.group_size,
-            symmetric=command.symmetric,
-            scale_dtype=command.scale_dtype,
-            n_threads=n_threads,
-        )
-        yield from table.to_batches()
-        progress(name, 1.0)

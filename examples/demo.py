@@ -21,9 +21,9 @@ from rich.console import Console
 
 from flightquant import dequantize
 from flightquant.client import QuantClient
-from flightquant.client.commands import LayerProgress
+from flightquant.client.cli.commands import LayerProgress
+from flightquant.client.cli.report import console, layer_table, size
 from flightquant.client.convert import Conversion, LayerResult, convert, select
-from flightquant.client.report import console, layer_table, size
 from flightquant.client.safetensors import FLOATS, SafetensorsFile
 from flightquant.layers import Layer
 from flightquant.server.app import running_server

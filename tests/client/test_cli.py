@@ -14,7 +14,7 @@ from safetensors import numpy as official
 
 from flightquant import __version__
 from flightquant.client.cli import main
-from flightquant.client.commands import SchemeName
+from flightquant.client.cli.commands import SchemeName
 from flightquant.server.app import running_server
 from flightquant.spec import SCHEMES
 

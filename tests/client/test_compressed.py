@@ -14,7 +14,8 @@ from safetensors import numpy as official
 
 import flightquant
 from flightquant.client import compressed
-from flightquant.client.convert import KEPT_PATTERNS, convert, in_process, layer_class, select
+from flightquant.client.cli.in_process import in_process
+from flightquant.client.convert import KEPT_PATTERNS, convert, layer_class, select
 from flightquant.client.safetensors import SafetensorsFile, SafetensorsWriter
 from flightquant.errors import InvalidRequestError, LayerError
 from flightquant.layers import Layer

@@ -12,7 +12,7 @@ _EXTRAS = {"typer": "cli", "rich": "cli", "grpc": "server", "grpc_health": "serv
 def main() -> None:
     """Run ``flightquant`` with the process's arguments and exit: 0, 1 for a failure, 2 for wrong usage."""
     try:
-        from flightquant.client.commands import app
+        from flightquant.client.cli.commands import app
 
         app(prog_name="flightquant")
     except ModuleNotFoundError as error:
@@ -29,7 +29,3 @@ def main() -> None:
 def _fail(sentence: str) -> None:
     print(f"flightquant: {sentence}", file=sys.stderr)  # noqa: T201
     sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -17,8 +17,9 @@ from rich.text import Text
 
 from flightquant import __version__
 from flightquant.client import QuantClient
-from flightquant.client.convert import convert, in_process
-from flightquant.client.report import console, print_conversion, print_inspection, size
+from flightquant.client.cli.in_process import in_process
+from flightquant.client.cli.report import console, print_conversion, print_inspection, size
+from flightquant.client.convert import convert
 from flightquant.client.safetensors import SafetensorsFile
 from flightquant.layers import Layer
 from flightquant.spec import Command
