@@ -28,18 +28,9 @@ from flightquant.layers import as_layer, layers_batch
 
 GIB = 1 << 30
 SERVE = (
-    sys.executable,
-    "-m",
-    "flightquant.client.cli",
+    str(Path(sys.executable).with_name("flightquant")),
     "serve",
-    "--location",
-    "grpc://127.0.0.1:0",
-    "--metrics-port",
-    "0",
-    "--health-port",
-    "0",
-    "--log-level",
-    "warning",
+    *("--location", "grpc://127.0.0.1:0", "--metrics-port", "0", "--health-port", "0", "--log-level", "warning"),
 )
 SAME_SIZES = (sys.executable, str(Path(__file__).with_name("same_sizes_server.py")))
 

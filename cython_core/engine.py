@@ -109,7 +109,8 @@ class Engine:
 
         def in_slices(step: Callable[[int, int, int], None], tiles: int) -> None:
             for first in range(0, tiles, SLICE_TILES):
-                if should_stop is not None and should_stop():
+                # Not before the first slice: asking gRPC costs more than a small batch.
+                if first and should_stop is not None and should_stop():
                     raise DeadlineError("the call was cancelled or its time is over", field="deadline")
                 last = min(first + SLICE_TILES, tiles)
                 asked = time.perf_counter()
