@@ -22,9 +22,10 @@ from fq_testing import check_row, reference_layer, request, same_bits, stored_as
 from flightquant.cython_core import engine as engine_module
 from flightquant.cython_core._arrow import ListColumn
 from flightquant.cython_core.engine import Engine, Limits
-from flightquant.cython_core.validate import CheckedBatch
+from flightquant.cython_core.validate import CheckedBatch, Request
 from flightquant.errors import FlightquantError, LayerError
 from flightquant.spec import OVERRIDE_KEYS, Command
+from flightquant.wire import check_request_schema
 
 TYPES: dict[str, tuple[str, str, pa.DataType | None]] = {
     f"{name}-{kind}": (name.split("_")[0], kind, pa.binary(2) if name == "bfloat16_binary" else None)
@@ -123,7 +124,7 @@ def fill_heap(nbytes: int) -> None:
             array.view("V8")[:] = CANARY
 
 
-def unchecked(batch: pa.RecordBatch, dtype: str, limits: Limits) -> CheckedBatch:
+def unchecked(batch: pa.RecordBatch, request: Request, limits: Limits) -> CheckedBatch:
     """What ``check_batch`` returns, with nothing checked: the control."""
     weights = ListColumn(batch.column("weights"))
     lengths = np.diff(weights.offsets)
@@ -168,7 +169,7 @@ def run(kind: str, count: int, seed: int) -> dict[str, int]:
                 totals["refused"] += 1
                 continue
             totals["answered"] += 1
-            ok = check_answer(read, answer.batch, answer.sums, session.dtype, command)
+            ok = check_answer(read, answer.batch, answer.sums, check_request_schema(read.schema), command)
             totals["rows_ok"] += ok
             totals["rows_failed"] += read.num_rows - ok
             assert CANARY not in answer.batch.serialize().to_pybytes(), "a byte of the heap's last user was answered"

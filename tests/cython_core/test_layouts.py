@@ -10,6 +10,7 @@ import pytest
 from fq_testing import (
     KINDS,
     Array,
+    answer_bytes,
     at_alignment,
     check_row,
     reference_layer,
@@ -67,9 +68,13 @@ def test_every_alignment(isa_engine: Engine, dtype: str) -> None:
         for alignment in range(64):
             batch = request(layers, dtype, alignment=alignment)
             assert batch.column("weights").values.buffers()[1].address % 64 == alignment
-            answer = session.quantize(batch)
-            for i, layer in enumerate(expected):
-                check_row(answer.batch, i, layer, f"alignment {alignment}")
+            answers = session.quantize(batch).batch
+            if alignment == 0:
+                first = answer_bytes(answers)
+            if alignment == 0 or answer_bytes(answers) != first:
+                for i, layer in enumerate(expected):
+                    check_row(answers, i, layer, f"alignment {alignment}")
+            assert answer_bytes(answers) == first
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.scheme)

@@ -16,7 +16,7 @@ from fq_testing import request, stored_as
 
 import flightquant
 from flightquant.cython_core import engine as engine_module
-from flightquant.cython_core._quantize import JOB_FIELDS, Plan
+from flightquant.cython_core._quantize import Plan
 from flightquant.cython_core.engine import Engine
 from flightquant.spec import Command
 
@@ -34,12 +34,15 @@ STORAGES = [
 
 @contextmanager
 def plans() -> Iterator[list[dict[str, np.ndarray]]]:
-    """The job matrices of all plans made meanwhile: the addresses that the kernels get."""
+    """The addresses that the kernels get in all plans made meanwhile."""
     seen: list[dict[str, np.ndarray]] = []
 
-    def spy(jobs: np.ndarray, given_amax: np.ndarray, isa: str) -> Plan:
-        seen.append({name: jobs[:, i].copy() for i, name in enumerate(JOB_FIELDS)})
-        return Plan(jobs, given_amax, isa)
+    def spy(jobs: np.ndarray, amax: np.ndarray, isa: str, measure: bool, *outputs: int) -> Plan:
+        # The first columns of a job: where its weights are, and its bytes, scales and zero points in their outputs.
+        seen.append({"weights": jobs[:, 0].copy()})
+        for column, (name, base) in enumerate(zip(("data", "scales", "zeros"), outputs, strict=True), start=1):
+            seen[-1][name] = jobs[:, column] + base
+        return Plan(jobs, amax, isa, measure, *outputs)
 
     with mock.patch.object(engine_module, "Plan", spy):
         yield seen
