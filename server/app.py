@@ -6,12 +6,12 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import FrameType
 
 import pyarrow as pa
 from prometheus_client import CollectorRegistry, disable_created_metrics, start_http_server
@@ -195,14 +195,7 @@ def run(config: ServerConfig) -> None:
     # A switch of the whole process: these series would double the number of all.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     stop = threading.Event()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            os._exit(128 + number)
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+    watch_signals(stop)
     server = Server(config)
     server.startup()
     print(server.ready_line(), flush=True)  # noqa: T201 -- the ready line is the process's one line of output
@@ -213,3 +206,24 @@ def run(config: ServerConfig) -> None:
     sys.stdout.flush()
     # An idle client's call would keep the interpreter from ending.
     os._exit(0)
+
+
+def watch_signals(stop: threading.Event) -> None:
+    """Set ``stop`` at the first SIGTERM or SIGINT; end the process at the second.
+
+    Python runs its handlers on the main thread, which a signal that the kernel gives to one of gRPC's threads does not
+    wake. The wakeup descriptor is written to on whichever thread the signal meets.
+    """
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: None)
+
+    def watch() -> None:
+        with sender:  # held open as long as the process
+            receiver.recv(1)
+            stop.set()
+            os._exit(128 + receiver.recv(1)[0])
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
