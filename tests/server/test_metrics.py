@@ -20,7 +20,7 @@ from flightquant.cython_core import active_isa
 from flightquant.errors import ERRORS
 from flightquant.server.admission import Admission
 from flightquant.server.app import Server, running_server
-from flightquant.server.metrics import MAX_CLASS_LENGTH, MAX_LAYER_CLASSES, OTHER, Metrics, layer_classes
+from flightquant.server.metrics import FEW_NAMES, MAX_CLASS_LENGTH, MAX_LAYER_CLASSES, OTHER, Metrics, layer_classes
 from flightquant.spec import SCHEMES
 from flightquant.wire import ANSWER_FIELDS
 
@@ -101,20 +101,23 @@ def test_the_numbers_are_those_of_the_answers() -> None:
         ("h7.w1", "h*.w*"),
         ("2024", "*"),
         ("", ""),
-        (None, ""),
         ("\u0661\u00e9", "\u0661\u00e9"),
         ("x" * 500, "x" * MAX_CLASS_LENGTH),
     ],
 )
-def test_layer_classes(name: str | None, layer_class: str) -> None:
-    assert layer_classes(pa.array(["a", name], pa.utf8())).to_pylist() == ["a", layer_class]
+@pytest.mark.parametrize("others", [1, FEW_NAMES + 1], ids=["few", "many"])
+def test_layer_classes(name: str, layer_class: str, others: int) -> None:
+    classes, which = layer_classes(pa.array([*["a"] * others, name, "a1"], pa.utf8()))
+    assert [classes[i] for i in which] == [*["a"] * others, layer_class, "a*"]
+    assert sorted(classes) == sorted({"a", layer_class, "a*"})
 
 
 def test_the_number_of_classes_is_bounded() -> None:
     registry = CollectorRegistry()
     metrics = Metrics(registry, Admission(1, 1), {})
     words = ["".join(chr(97 + int(digit)) for digit in str(i)) for i in range(2 * MAX_LAYER_CLASSES)]
-    columns = {"layer_name": words, "status": ["ok"] * len(words), "bytes_in": [4] * len(words)}
+    columns = {"layer_name": words, "status": ["ok"] * len(words)}
+    columns |= {name: [4] * len(words) for name in ("bytes_in", "bytes_out", "bytes_copied", "kernel_ns")}
     nulls = {field.name: pa.nulls(len(words), field.type) for field in ANSWER_FIELDS}
     arrays = {**nulls, **{name: pa.array(values) for name, values in columns.items()}}
     batch = pa.RecordBatch.from_arrays([arrays[field.name].cast(field.type) for field in ANSWER_FIELDS], [*nulls])
