@@ -139,8 +139,16 @@ def _check_columns(schema: pa.Schema) -> str:
     return dtype
 
 
+def _is_tagged(field: pa.Field) -> bool:
+    """Whether a field or a child of it is marked as an extension, which pyarrow overlooks in types it does not know."""
+    children = (field.type.field(i) for i in range(field.type.num_fields))
+    return b"ARROW:extension:name" in (field.metadata or {}) or any(map(_is_tagged, children))
+
+
 def _check_field(field: pa.Field) -> None:
     name, kind = field.name, field.type
+    if _is_tagged(field):
+        raise _bad_column(name, f"extension<{kind}>", "no extension type")
     if name == "weights":
         return
     if name == "layer_name":

@@ -194,6 +194,31 @@ def test_every_other_type_of_an_optional_column_is_refused(name: str, kind: pa.D
     assert f'"{name}"' in error.message
 
 
+TAG = {"ARROW:extension:name": "someone.elses"}
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        pa.field("layer_name", pa.utf8(), metadata=TAG),
+        pa.field("weights", pa.list_(pa.float32()), metadata=TAG),
+        pa.field("weights", pa.list_(pa.field("item", pa.float32(), metadata=TAG))),
+        pa.field("shape", pa.list_(pa.int64()), metadata=TAG),
+        pa.field("shape", pa.list_(pa.field("item", pa.int64(), metadata=TAG))),
+        pa.field("x_note", pa.int8(), metadata=TAG),
+        pa.field("x_note", pa.struct([pa.field("a", pa.list_(pa.field("item", pa.int8(), metadata=TAG)))])),
+    ],
+    ids=str,
+)
+def test_a_column_marked_as_an_unknown_extension_is_refused(field: pa.Field) -> None:
+    given = {"layer_name": NAME, "weights": WEIGHTS, field.name: field}
+    assert refusal(pa.schema(list(given.values()))).field == field.name
+
+
+def test_other_metadata_of_a_column_is_no_extension() -> None:
+    check_request_schema(schema_with(pa.field("x_note", pa.int8(), metadata={"unit": "s"})))
+
+
 def test_a_deeply_nested_echo_is_refused() -> None:
     kind: pa.DataType = pa.int8()
     for _ in range(60):
