@@ -344,6 +344,7 @@ cdef class Plan:
         """Scales and zero points of the reduced jobs, from the ranges of their tiles."""
         cdef int64_t i = 0, j, unit
         cdef float given
+        cdef bint elsewhere
         cdef fq_job *job
         cdef fq_range range_
         cdef fq_result *found
@@ -362,11 +363,12 @@ cdef class Plan:
                 range_.low = max(range_.low, found.range.low)
                 i += 1
             given = self._given_amax[j]
-            if job.shared_scale and job.symmetric and given == given:
+            elsewhere = job.shared_scale and job.symmetric and given == given
+            if elsewhere:
                 memcpy(&range_.high, &given, sizeof(given))
             self._kernels.parameters(
                 job, &range_, 1, job.scales + unit, NULL if job.zeros == NULL else job.zeros + unit)
-            job.given_scales = 1
+            job.given_scales = 2 if elsewhere else 1
 
     def quantize(self, int64_t first, int64_t last, int n_threads):
         """Quantize the tiles from ``first`` up to ``last``."""

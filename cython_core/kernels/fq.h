@@ -35,7 +35,8 @@ typedef struct fq_job {
   int32_t bits;        /* of one code */
   int32_t symmetric;
   int32_t shared_scale; /* one scale for the whole layer */
-  int32_t given_scales; /* scales and zeros are already filled in: fq_kernels.parameters did it */
+  int32_t given_scales; /* scales and zeros are filled in already: 1 by fq_kernels.parameters from these weights' range,
+                           2 from a range that may be another's */
   int32_t measure;      /* fill the quality sums */
 } fq_job;
 

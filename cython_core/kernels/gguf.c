@@ -21,21 +21,33 @@ FQ_INLINE void block_scales(span_scales *s, int64_t blocks, float divisor, float
   }
 }
 
-/* The value of largest magnitude of a block whose range is known, the first where two signs tie: zeros too, as in gguf
- * (ggml's C takes them for +0). */
-FQ_INLINE float extreme(const float *x, int32_t high, int32_t low) {
-  float value;
-  const int32_t bits = high > low ? high : low;
-  memcpy(&value, &bits, sizeof value);
-  if (high > low)
-    return value;
-  for (int i = 0; i < FQ_BLOCK && high == low; i++) {
-    float v;
-    memcpy(&v, x + i, sizeof v);
-    if (v == value || v == -value)
-      return v;
+/* The first weight of a block that has this magnitude. */
+static __attribute__((noinline)) float first_extreme(const float *x, int32_t bits) {
+  for (int i = 0; i < FQ_BLOCK; i++) {
+    int32_t found;
+    memcpy(&found, x + i, sizeof found);
+    if ((found & INT32_MAX) == bits) {
+      float value;
+      memcpy(&value, &found, sizeof value);
+      return value;
+    }
   }
-  return -value;
+  return 0; /* NaN: the span is refused */
+}
+
+/* Of 16 blocks whose ranges are known, the value of largest magnitude of each, the first where two signs tie: zeros
+ * too, as in gguf (ggml's C takes them for +0). */
+FQ_INLINE void extremes_16(const float *x, int64_t blocks, span_scales *s, int64_t at) {
+  vi high, low;
+  memcpy(&high, s->high + at, sizeof high);
+  memcpy(&low, s->low + at, sizeof low);
+  const vi difference = vi_sub(high, low), opposite = vi_sub(low, high);
+  vf_store(s->scale + at, vi_float(vi_or(vi_max(high, low), vi_and(difference, vi_set(INT32_MIN)))));
+  if (vi_highest(vi_sub(vi_set(0), vi_max(difference, opposite))) < 0)
+    return;
+  for (int64_t k = at; k < at + FQ_LANES && k < blocks; k++)
+    if (s->high[k] == s->low[k])
+      s->scale[k] = first_extreme(x + k * FQ_BLOCK, s->high[k]);
 }
 
 /* Half away from zero, as roundf: the largest float32 below a half, with the sign of a, then cut. */
@@ -55,35 +67,43 @@ FQ_INLINE void quantize_blocks(const fq_job *job, int q8, int measured, int64_t 
     const float *x = load_span(job, at, n, buffer);
     int32_t highest = 0;
     for (int64_t b = 0; b < blocks; b += FQ_LANES) {
-      range_units(x + b * FQ_BLOCK, FQ_BLOCK, blocks - b, q8, s.high + b, s.low + b);
-      for (int k = 0; k < FQ_LANES; k++) {
-        const int32_t high = s.high[b + k], low = s.low[b + k], bits = high > low ? high : low;
-        highest = bits > highest ? bits : highest;
-        if (q8)
-          memcpy(s.scale + b + k, &high, sizeof high);
-        else if (b + k < blocks)
-          s.scale[b + k] = extreme(x + (b + k) * FQ_BLOCK, high, low);
-      }
+      int32_t top;
+      if (q8)
+        top = range_units(x + b * FQ_BLOCK, FQ_BLOCK, blocks - b, 1, s.high + b, s.low + b);
+      else
+        top = range_units(x + b * FQ_BLOCK, FQ_BLOCK, blocks - b, 0, s.high + b, s.low + b);
+      highest = top > highest ? top : highest;
+      if (q8)
+        memcpy(s.scale + b, s.high + b, FQ_LANES * sizeof(float));
+      else
+        extremes_16(x, blocks, &s, b);
     }
     if (highest >= FQ_INFINITY_BITS)
       note_bad(x, at, n, result);
     block_scales(&s, blocks, q8 ? 127.0f : -8.0f, q8 ? 0 : 8.5f);
-    for (int64_t i = 0; i < round_up(n, FQ_STEP); i += FQ_STEP) {
-      vi code[FQ_STEP / FQ_LANES];
-      fetch_ahead(job, at + i, n, n);
+    const float *from = x, *inverse = s.inverse, *bias = s.bias, *scale = s.scale;
+    float *y = again;
+    int8_t *code = codes;
+    fetcher next = fetch_from(job, stop);
+    for (; from < x + n; from += FQ_STEP, y += FQ_STEP, code += FQ_STEP) {
+      vi step[FQ_STEP / FQ_LANES];
+      fetch_vectors(&next, measured ? 2 : 4);
       for (int v = 0; v < FQ_STEP / FQ_LANES; v++) {
-        const int64_t j = i + v * FQ_LANES, b = j / FQ_BLOCK;
-        const vf scaled = vf_mul(vf_load(x + j), vf_set(s.inverse[b]));
+        const int half = v * FQ_LANES / FQ_BLOCK;
+        const vf scaled = vf_mul(vf_load(from + v * FQ_LANES), vf_set(inverse[half]));
         if (q8)
-          code[v] = round_away(scaled);
+          step[v] = round_away(scaled);
         else
-          code[v] = vf_truncate(vf_min(vf_add(scaled, vf_set(s.bias[b])), vf_set(15)));
-        if (measured)
-          vf_store(again + j, vf_mul(vf_add(vi_convert(code[v]), vf_set(q8 ? 0.0f : -8.0f)), vf_set(s.scale[b])));
+          step[v] = vf_truncate(vf_min(vf_add(scaled, vf_set(bias[half])), vf_set(15)));
+        if (measured) {
+          const vf level = vi_convert(step[v]);
+          vf_store(y + v * FQ_LANES, vf_mul(q8 ? level : vf_sub(level, vf_set(8)), vf_set(scale[half])));
+        }
       }
       pi parts[FQ_STEP / FQ_PART];
-      memcpy(parts, code, sizeof parts);
-      pack_64(codes + i, parts);
+      memcpy(parts, step, sizeof parts);
+      pack_64(code, parts);
+      inverse += 2, bias += 2, scale += 2;
     }
     uint8_t *to = job->data + at / FQ_BLOCK * block_bytes;
     for (int64_t b = 0; b < blocks; b++, to += block_bytes) {
@@ -94,7 +114,7 @@ FQ_INLINE void quantize_blocks(const fq_job *job, int q8, int measured, int64_t 
         pack_halves_32(to + 2, codes + b * FQ_BLOCK);
     }
     if (measured)
-      measure(x, again, round_up(n, FQ_LANES), result);
+      measure(x, again, round_up(n, FQ_LANES), &next, result);
     at = stop;
   }
 }

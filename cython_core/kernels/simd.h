@@ -56,6 +56,7 @@ FQ_MAP2(vf_div, vf, pf_div)
 FQ_MAP2(vf_min, vf, pf_min) /* a or b if either is NaN; callers do not care which */
 FQ_MAP2(vf_max, vf, pf_max)
 FQ_MAP2(vi_add, vi, pi_add)
+FQ_MAP2(vi_sub, vi, pi_sub)
 FQ_MAP2(vi_and, vi, pi_and)
 FQ_MAP2(vi_or, vi, pi_or)
 FQ_MAP2(vi_xor, vi, pi_xor)

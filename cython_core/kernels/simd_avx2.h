@@ -25,6 +25,7 @@ typedef __m256i pi;
 #define pf_load _mm256_loadu_ps
 #define pf_store _mm256_storeu_ps
 #define pi_add _mm256_add_epi32
+#define pi_sub _mm256_sub_epi32
 #define pi_and _mm256_and_si256
 #define pi_or _mm256_or_si256
 #define pi_max _mm256_max_epi32

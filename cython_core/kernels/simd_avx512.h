@@ -25,6 +25,7 @@ typedef __m512i pi;
 #define pf_load _mm512_loadu_ps
 #define pf_store _mm512_storeu_ps
 #define pi_add _mm512_add_epi32
+#define pi_sub _mm512_sub_epi32
 #define pi_and _mm512_and_si512
 #define pi_or _mm512_or_si512
 #define pi_max _mm512_max_epi32

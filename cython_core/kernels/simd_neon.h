@@ -25,6 +25,7 @@ typedef int32x4_t pi;
 #define pf_load(a) vreinterpretq_f32_u8(vld1q_u8((const uint8_t *)(a)))
 #define pf_store vst1q_f32
 #define pi_add vaddq_s32
+#define pi_sub vsubq_s32
 #define pi_and vandq_s32
 #define pi_or vorrq_s32
 #define pi_max vmaxq_s32

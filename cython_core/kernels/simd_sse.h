@@ -22,6 +22,7 @@ typedef __m128i pi;
 #define pf_load _mm_loadu_ps
 #define pf_store _mm_storeu_ps
 #define pi_add _mm_add_epi32
+#define pi_sub _mm_sub_epi32
 #define pi_and _mm_and_si128
 #define pi_or _mm_or_si128
 #define pi_max _mm_max_epi32

@@ -12,17 +12,23 @@ enum { FQ_STEP = 64, FQ_BLOCK = 32, FQ_BLOCKS = FQ_SPAN / FQ_BLOCK };
 
 static const int fq_dtype_bytes[] = {4, 2, 2, 8};
 
-/* While a span is computed on, what is read next is fetched, so that memory does not rest: the next span into the first
- * cache; the next unit, where it is longer, into the second. Called for every 64 weights. An address past the end is
- * harmless: a prefetch never faults. */
-FQ_INLINE void fetch_ahead(const fq_job *job, int64_t at, int64_t n, int64_t ahead) {
-  const uintptr_t from = (uintptr_t)job->weights + (uintptr_t)((at + ahead) * fq_dtype_bytes[job->dtype]);
-  for (int64_t line = 0; line < FQ_STEP * fq_dtype_bytes[job->dtype]; line += 64) {
-    if (ahead <= n)
-      __builtin_prefetch((const char *)(from + (uintptr_t)line), 0, 3);
-    else
-      __builtin_prefetch((const char *)(from + (uintptr_t)line), 0, 2);
-  }
+/* While a span is computed on, what is read next is fetched, so that memory does not rest: all of it while the span is
+ * quantized, or half there and half while it is measured. An address past the end is harmless: a prefetch never
+ * faults. */
+typedef struct {
+  uintptr_t at, vector_bytes;
+} fetcher;
+
+FQ_INLINE fetcher fetch_from(const fq_job *job, int64_t index) {
+  const uintptr_t width = (uintptr_t)fq_dtype_bytes[job->dtype];
+  return (fetcher){(uintptr_t)job->weights + (uintptr_t)index * width, FQ_LANES * width};
+}
+
+/* Fetch so many more vectors of weights: one line for each, whatever their width, so that nothing branches. */
+FQ_INLINE void fetch_vectors(fetcher *next, uintptr_t count) {
+  for (uintptr_t v = 0; v < count; v++)
+    __builtin_prefetch((const char *)(next->at + v * next->vector_bytes), 0, 3);
+  next->at += count * next->vector_bytes;
 }
 
 FQ_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -116,20 +122,26 @@ FQ_INLINE void range_lanes(const float *x, int64_t n, int symmetric, pi *high, p
   *low = vi_fold(vi_max(lows, more_lows));
 }
 
-/* The ranges of units of so many weights, one after the other, at most 16 at a time. */
-FQ_INLINE void range_units(const float *x, int64_t unit, int64_t units, int symmetric, int32_t *high, int32_t *low) {
+/* The ranges of units of so many weights, one after the other, at most 16 at a time; the highest of them all. */
+FQ_INLINE int32_t range_units(const float *x, int64_t unit, int64_t units, int symmetric, int32_t *high, int32_t *low) {
   pi highs[FQ_LANES], lows[FQ_LANES];
   for (int64_t i = 0; i < FQ_LANES; i++) {
     highs[i] = lows[i] = pi_set(0);
     if (i < units)
       range_lanes(x + i * unit, unit, symmetric, highs + i, lows + i);
   }
+  pi all = pi_set(0);
   for (int k = 0; k < FQ_PARTS; k++) {
-    const pi h = pi_highest_each(highs + k * FQ_PART), l = pi_highest_each(lows + k * FQ_PART);
+    const pi h = pi_highest_each(highs + k * FQ_PART);
     memcpy(high + k * FQ_PART, &h, sizeof h);
-    if (!symmetric)
+    all = pi_max(all, h);
+    if (!symmetric) {
+      const pi l = pi_highest_each(lows + k * FQ_PART);
       memcpy(low + k * FQ_PART, &l, sizeof l);
+      all = pi_max(all, l);
+    }
   }
+  return pi_highest(all);
 }
 
 enum { FQ_INFINITY_BITS = 0x7f800000 };
@@ -180,9 +192,11 @@ static __attribute__((noinline)) int32_t measure_wide(const float *x, const floa
 }
 
 /* Add the quality sums of one span: n weights x (a multiple of 16, zeros at the end) and their dequantized y. */
-FQ_INLINE void measure(const float *x, const float *y, int64_t n, fq_result *result) {
+FQ_INLINE void measure(const float *x, const float *y, int64_t n, fetcher *next, fq_result *result) {
   vf x2 = vf_set(0), e2 = x2, xe = x2, largest = x2;
   for (int64_t i = 0; i < n; i += FQ_LANES) {
+    if (i % (2 * FQ_LANES) == 0)
+      fetch_vectors(next, 1);
     const vf v = vf_load(x + i), e = vf_sub(vf_load(y + i), v);
     x2 = vf_add(x2, vf_mul(v, v));
     e2 = vf_add(e2, vf_mul(e, e));
