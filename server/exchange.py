@@ -70,9 +70,8 @@ class Exchange:
             step.check()
             if chunk is None:
                 break
-            if chunk.app_metadata is not None:
-                metadata_messages += 1
-                _check_metadata(metadata_messages, chunk.app_metadata.size)
+            metadata_messages += chunk.data is None
+            _check_metadata(metadata_messages, 0 if chunk.app_metadata is None else chunk.app_metadata.size)
             if chunk.data is not None:
                 self._answer(call, step, session, chunk, writer)
             # The next read must not find this batch still held.
@@ -206,7 +205,7 @@ def read_command(descriptor: Any) -> Command:
 def _check_metadata(messages: int, size: int) -> None:
     if messages > MAX_METADATA_MESSAGES:
         raise TooLargeError(
-            f"the stream has more than {MAX_METADATA_MESSAGES} messages with metadata",
+            f"the stream has more than {MAX_METADATA_MESSAGES} messages of metadata alone",
             field="app_metadata",
             got=messages,
             expected=MAX_METADATA_MESSAGES,
