@@ -18,6 +18,7 @@ from fq_testing import (
     reference_layer,
     request,
     same_bits,
+    stored_as,
     weights_like,
 )
 
@@ -39,6 +40,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"scheme": "q4_0"},
 ]
 SPAN, TILE = 2048, 65536
+ROWS_NEAR_TIES = 2000
 
 
 def label(options: dict[str, Any]) -> str:
@@ -154,3 +156,35 @@ def test_random_bit_patterns(options: dict[str, Any], all_engines: list[Engine])
         layers = {f"w{i}": row.reshape(-1, 256) for i, row in enumerate(weights)}
         expected = [reference_layer(layer, dtype, command) for layer in layers.values()]
         check_everywhere(request(layers, dtype), command, expected, all_engines)
+
+
+def near_ties(command: Command, dtype: str, rows: int, seed: int) -> Any:
+    """Rows of 128 weights, each a few units in the last place from the edge between two codes of its own scale."""
+    rng = np.random.default_rng(seed)
+    bits = command.layer_spec().scheme.bits
+    low = np.ldexp(-rng.uniform(1, 2, (rows, 1)), rng.integers(-12, 12, (rows, 1)))
+    high = -low * (1 if command.symmetric else rng.uniform(0.1, 4, (rows, 1)))
+    ends = np.concatenate([low, high], axis=1).astype(np.float32)
+    scale = (
+        np.abs(ends).max(axis=1, keepdims=True) * 2 if command.symmetric else np.ptp(ends, axis=1, keepdims=True)
+    ) / (2**bits - 1)
+    first = 0 if command.symmetric else np.rint(ends[:, :1] / scale) + 2 ** (bits - 1)
+    edges = (rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (rows, 126)) + 0.5 + first) * scale
+    weights = np.concatenate([ends, np.clip(edges, ends[:, :1], ends[:, 1:]).astype(np.float32)], axis=1)
+    moved = weights.view(np.int32) + rng.integers(-2, 3, weights.shape, np.int32) * (1 if dtype == "float32" else 4096)
+    moved[:, :2] = ends.view(np.int32)
+    return stored_as(np.clip(moved.view(np.float32), ends[:, :1], ends[:, 1:]), dtype)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_weights_at_the_edge_between_two_codes(
+    dtype: str, scheme: str, symmetric: bool, all_engines: list[Engine]
+) -> None:
+    command = Command.build(scheme=scheme, symmetric=symmetric, group_size=128, metrics=False)
+    weights = near_ties(command, dtype, ROWS_NEAR_TIES, seed=3)
+    expected = reference_layer(weights, dtype, command)
+    batch = request({"w": weights}, dtype)
+    for engine in all_engines[::3]:
+        check_row(engine.session(batch.schema, command).quantize(batch).batch, 0, expected, engine.isa)
