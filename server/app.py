@@ -56,7 +56,7 @@ class Server:
 
     def __init__(self, config: ServerConfig, engine: Engine | None = None) -> None:
         self.config = config
-        self.engine = engine or Engine(config.threads, inline_tiles=INLINE_TILES)
+        self.engine = engine or Engine(n_threads=config.threads)
         self._owns_engine = engine is None
         self.admission = Admission(config.max_calls, config.max_bytes_in_flight)
         self.registry = CollectorRegistry()
