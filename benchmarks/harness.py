@@ -120,7 +120,7 @@ def reader(array: np.ndarray, n_threads: int) -> Callable[[], None]:
         np.empty(1, np.int64),
     )
     # Only ranges are taken: nothing is written to the outputs, whose addresses are those of nothing.
-    plan = Plan(jobs, np.full(1, np.nan, np.float32), active_isa(), False, 0, 0, 0)
+    plan = Plan(jobs, np.full(1, np.nan, np.float32), active_isa(), False, 0, 0, 0, array)
     return lambda: plan.reduce(0, plan.reduce_tiles, n_threads)
 
 

@@ -210,7 +210,8 @@ cdef class Plan:
     """Jobs cut into tiles; every step may run with any number of threads and gives the same bits.
 
     Call ``reduce`` over all of ``reduce_tiles``, then ``parameters``, then ``quantize`` over all of ``tiles`` (both in
-    any slices), then ``finish``. The memory behind every address must outlive the plan.
+    any slices), then ``finish``. ``owner`` keeps the memory behind every address for as long as the plan lives: a caller
+    that is interrupted may be gone before the kernels are.
     """
 
     cdef readonly int64_t tiles
@@ -223,6 +224,7 @@ cdef class Plan:
     cdef fq_result *_reduced
     cdef const int64_t[:, ::1] _matrix
     cdef const float[::1] _given_amax
+    cdef object _owner
     cdef int64_t _n_jobs
 
     def __cinit__(
@@ -234,6 +236,7 @@ cdef class Plan:
         uintptr_t data,
         uintptr_t scales,
         uintptr_t zeros,
+        owner,
     ):
         """Plan the jobs of a matrix of shape (jobs, JOB_WIDTH), as ``lay_out`` makes it.
 
@@ -247,6 +250,8 @@ cdef class Plan:
             Fill the quality sums.
         data, scales, zeros : int
             Addresses of the memory for packed bytes, scales and zero points.
+        owner : object
+            What holds all memory that the jobs name.
         """
         if jobs.shape[1] != JOB_COLUMNS or given_amax.shape[0] != jobs.shape[0]:
             raise ValueError(f"expected a matrix of {JOB_WIDTH} columns, got {jobs.shape[1]}")
@@ -259,6 +264,7 @@ cdef class Plan:
         if self._jobs == NULL:
             raise MemoryError()
         self._given_amax = given_amax
+        self._owner = owner
         cdef int64_t i
         for i in range(self._n_jobs):
             self._fill_job(i, measure, data, scales, zeros)

@@ -1,18 +1,19 @@
 """The process's one budget of compute threads.
 
 OpenMP starts a team for every thread that opens a parallel region, and a Flight server has a thread for every call. So
-all large work runs on one dispatcher thread, whose team is the budget; callers take turns there, a few milliseconds
-each. Work of few tiles (1 MiB of float32) runs where it is, as many at a time as there are threads.
+all large work runs on one dispatcher thread, whose team takes the whole budget, a few milliseconds at a time. Small
+work takes one thread of the budget and runs where it is: to hand it over would cost more than it gains. Callers are
+served in the order in which they came.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-
-SMALL_TILES = 4
+from contextlib import contextmanager
 
 
 def available_cpus() -> int:
@@ -41,20 +42,65 @@ def _cgroup_quota() -> int | None:
 
 
 class ThreadBudget:
-    """Runs slices of work on at most ``n_threads`` threads, whatever the number of callers."""
+    """Runs slices of work on at most ``n_threads`` threads, whatever the number of callers.
 
-    def __init__(self, n_threads: int) -> None:
+    Parameters
+    ----------
+    n_threads : int
+    inline_tiles : int
+        The largest work, in tiles, that runs on its caller's thread.
+    """
+
+    def __init__(self, n_threads: int, inline_tiles: int) -> None:
         self.n_threads = n_threads
+        self._inline_tiles = inline_tiles
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="flightquant-compute")
-        self._small = threading.BoundedSemaphore(n_threads)
+        self._lock = threading.Lock()
+        self._free = n_threads
+        self._waiting: deque[tuple[int, threading.Lock]] = deque()
 
     def run(self, tiles: int, work: Callable[[int], None]) -> None:
-        """Call ``work`` with the number of threads that it may use, for work of so many tiles; callers take turns."""
-        if tiles <= SMALL_TILES or self.n_threads == 1:
-            with self._small:
+        """Call ``work`` with the number of threads that it may use, for work of so many tiles."""
+        if tiles <= self._inline_tiles or self.n_threads == 1:
+            with self._hold(1):
                 work(1)
         else:
-            self._executor.submit(work, self.n_threads).result()
+            with self._hold(self.n_threads):
+                self._executor.submit(work, self.n_threads).result()
+
+    @contextmanager
+    def _hold(self, count: int) -> Iterator[None]:
+        """So many threads of the budget, after those who came before."""
+        turn = None
+        with self._lock:
+            if self._waiting or self._free < count:
+                turn = threading.Lock()
+                turn.acquire()
+                self._waiting.append((count, turn))
+            else:
+                self._free -= count
+        if turn is not None:
+            try:
+                turn.acquire()
+            except BaseException:  # Ctrl-C while waiting
+                with self._lock:
+                    if (count, turn) in self._waiting:
+                        self._waiting.remove((count, turn))
+                    else:
+                        self._give_back(count)
+                raise
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._give_back(count)
+
+    def _give_back(self, count: int) -> None:
+        self._free += count
+        while self._waiting and self._waiting[0][0] <= self._free:
+            wanted, turn = self._waiting.popleft()
+            self._free -= wanted
+            turn.release()
 
     def close(self) -> None:
         """End the dispatcher thread."""

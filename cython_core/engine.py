@@ -70,9 +70,12 @@ class Engine:
         Compute threads; by default the CPUs that the process may use.
     isa : str, optional
         Instruction set; by default the active one.
+    inline_tiles : int, optional
+        Batches of at most so many tiles (256 KiB of float32 each) are computed by the calling thread alone. A service
+        whose cores are busy with transport anyway does better with more of them.
     """
 
-    def __init__(self, n_threads: int | None = None, isa: str | None = None) -> None:
+    def __init__(self, n_threads: int | None = None, isa: str | None = None, inline_tiles: int = 4) -> None:
         threads = available_cpus() if n_threads is None else n_threads
         if threads < 1:
             raise InvalidRequestError(
@@ -86,7 +89,7 @@ class Engine:
                 expected=available_isas(),
             )
         self.isa = isa or active_isa()
-        self._budget = ThreadBudget(threads)
+        self._budget = ThreadBudget(threads, inline_tiles)
 
     @property
     def n_threads(self) -> int:
@@ -257,7 +260,7 @@ class _Work:
     def plan(self, isa: str, measure: bool) -> Plan:
         """The kernels' plan of all jobs."""
         outputs = (self.data.address, self.scales.address, self.zeros.address)
-        return Plan(self._jobs, self._given_amax, isa, measure, *outputs)
+        return Plan(self._jobs, self._given_amax, isa, measure, *outputs, self)
 
     def _resolve(self, overrides: Sequence[Mapping[str, Any]] | None, command: Command) -> npt.NDArray[np.int64]:
         """Index into ``specs`` of every row; a row that asks for what does not exist fails."""

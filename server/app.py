@@ -31,6 +31,9 @@ from flightquant.spec import SCHEMES, Command
 
 log = logging.getLogger("flightquant.server")
 
+INLINE_TILES = 16
+"""Batches of up to 4 MiB of float32 are computed on the call's own thread: the other cores are busy with transport."""
+
 LAST_WORD_S = 2.0
 """Of the grace period, the share at its end in which calls that still run are told ``draining``: at most half of it."""
 
@@ -56,7 +59,7 @@ class Server:
 
     def __init__(self, config: ServerConfig, engine: Engine | None = None) -> None:
         self.config = config
-        self.engine = engine or Engine(n_threads=config.threads)
+        self.engine = engine or Engine(config.threads, inline_tiles=INLINE_TILES)
         self._owns_engine = engine is None
         self.admission = Admission(config.max_calls, config.max_bytes_in_flight)
         self.registry = CollectorRegistry()

@@ -1,0 +1,92 @@
+"""The thread budget: never more threads than it has, everybody's turn, nothing lost when a caller is interrupted."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from flightquant.cython_core.budget import ThreadBudget, available_cpus
+
+
+@pytest.fixture
+def budget() -> ThreadBudget:
+    return ThreadBudget(2, inline_tiles=4)
+
+
+def test_there_is_at_least_one_cpu() -> None:
+    assert available_cpus() >= 1
+
+
+def test_small_work_runs_on_its_caller_and_large_work_on_the_dispatcher(budget: ThreadBudget) -> None:
+    seen: list[tuple[int, str]] = []
+
+    def work(n_threads: int) -> None:
+        seen.append((n_threads, threading.current_thread().name))
+
+    budget.run(4, work)
+    budget.run(5, work)
+    assert seen[0] == (1, threading.current_thread().name)
+    assert seen[1][0] == 2
+    assert seen[1][1].startswith("flightquant-compute")
+    budget.close()
+
+
+def test_callers_together_never_use_more_threads_than_there_are(budget: ThreadBudget) -> None:
+    lock, now, peak = threading.Lock(), 0, 0
+
+    def work(n_threads: int) -> None:
+        nonlocal now, peak
+        with lock:
+            now += n_threads
+            peak = max(peak, now)
+        time.sleep(0.001)
+        with lock:
+            now -= n_threads
+
+    def caller(tiles: int) -> None:
+        for _ in range(20):
+            budget.run(tiles, work)
+
+    callers = [threading.Thread(target=caller, args=(tiles,)) for tiles in (1, 1, 1, 9, 9)]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in callers)
+    assert (now, peak) == (0, 2)
+    budget.close()
+
+
+def test_what_work_raises_reaches_its_caller_and_gives_the_threads_back(budget: ThreadBudget) -> None:
+    def broken(n_threads: int) -> None:
+        raise RuntimeError(str(n_threads))
+
+    for tiles, threads in ((1, "1"), (9, "2")) * 3:
+        with pytest.raises(RuntimeError, match=threads):
+            budget.run(tiles, broken)
+    done: list[int] = []
+    budget.run(9, done.append)
+    assert done == [2]
+    budget.close()
+
+
+def test_large_work_is_not_starved_by_small_work(budget: ThreadBudget) -> None:
+    stop = threading.Event()
+
+    def small() -> None:
+        while not stop.is_set():
+            budget.run(1, lambda _: time.sleep(0.0005))
+
+    callers = [threading.Thread(target=small) for _ in range(4)]
+    for thread in callers:
+        thread.start()
+    done: list[int] = []
+    for _ in range(5):
+        budget.run(9, done.append)
+    stop.set()
+    for thread in callers:
+        thread.join(30)
+    assert done == [2] * 5
+    budget.close()
