@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from flightquant.cython_core.engine import Engine
 from flightquant.server.app import Server
+from flightquant.server.config import ServerConfig
 from flightquant.server.health import SERVICES, Health
 
 Status = health_pb2.HealthCheckResponse
@@ -56,3 +61,35 @@ def test_a_port_that_is_taken(server: Server) -> None:
     port = int(server.health_address.rsplit(":", 1)[1])
     with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
         Health("127.0.0.1", port)
+
+
+class ColdEngine(Engine):
+    """An engine whose first use takes as long as the test wants."""
+
+    def __init__(self) -> None:
+        super().__init__(n_threads=1)
+        self.used, self.warm = threading.Event(), threading.Event()
+
+    def session(self, *args: Any, **options: Any) -> Any:
+        self.used.set()
+        assert self.warm.wait(30)
+        return super().session(*args, **options)
+
+
+def test_a_server_is_not_ready_before_its_kernels_are_warm() -> None:
+    engine = ColdEngine()
+    server = Server(ServerConfig(location="grpc://127.0.0.1:0", metrics_port=0, health_port=0, grace_s=1.0), engine)
+    starting = threading.Thread(target=server.startup)
+    starting.start()
+    try:
+        assert engine.used.wait(30)
+        assert check(server.health_address, "flightquant") == Status.NOT_SERVING
+        assert not hasattr(server, "location")
+        engine.warm.set()
+        starting.join()
+        assert check(server.health_address, "flightquant") == Status.SERVING
+    finally:
+        engine.warm.set()
+        starting.join()
+        server.shutdown()
+        engine.close()
