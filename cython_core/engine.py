@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from flightquant.cython_core._memory import MIN_BYTES, OutputMemory
 from flightquant.cython_core._quantize import (
     DTYPES,
     FAMILIES,
@@ -37,8 +38,8 @@ from flightquant.wire import EndMessage, answer_schema
 
 __all__ = ["Answer", "Engine", "Limits", "Session"]
 
-SLICE_TILES = 64
-"""Tiles between two looks at ``should_stop`` and at other callers: 16 MiB of float32, a few milliseconds."""
+SLICE_TILES = 128
+"""Tiles between two looks at ``should_stop`` and at other callers: 32 MiB of float32, a few milliseconds."""
 MAX_ANSWER_BYTES = 2**31 - 1
 
 
@@ -339,7 +340,7 @@ def _spec_table(specs: tuple[LayerSpec, ...], dtype: str) -> npt.NDArray[np.int6
 
 
 class _Buffer:
-    """Memory from Arrow's pool for one output column: values of ``width`` bytes, row by row as ``lay_out`` says."""
+    """Memory for one output column: values of ``width`` bytes, row by row as ``lay_out`` says."""
 
     def __init__(self, offsets: npt.NDArray[np.int64], column: int, width: int) -> None:
         self._offsets = offsets[column]
@@ -353,7 +354,7 @@ class _Buffer:
                 got=nbytes,
                 expected=MAX_ANSWER_BYTES,
             )
-        self._buffer = pa.allocate_buffer(nbytes)
+        self._buffer = pa.allocate_buffer(nbytes) if nbytes < MIN_BYTES else pa.py_buffer(OutputMemory(nbytes))
         self.address = self._buffer.address
 
     def as_lists(self, kind: pa.DataType, values: pa.DataType | None, valid: npt.NDArray[np.bool_] | None) -> pa.Array:

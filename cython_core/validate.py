@@ -115,6 +115,8 @@ def check_batch(batch: pa.RecordBatch, request: Request, limits: Limits) -> Chec
     """
     if batch.schema != request.schema:
         raise InvalidRequestError("the schema changed within the stream", field="schema", expected="one schema")
+    if batch.num_rows == 0:
+        raise InvalidRequestError("the batch has no rows; expected at least one", field="num_rows", got=0, expected=1)
     if batch.num_rows > limits.max_rows:
         raise TooLargeError(
             f"the batch has {batch.num_rows} rows; expected at most {limits.max_rows}",
