@@ -75,15 +75,21 @@ class OtherLoad:
         }
 
 
-def interleaved(cases: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every case in each round; the cases take turns, and the first round is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+def interleaved(cases: Mapping[str, Callable[[], float | None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every case in each round; the cases take turns, and the first round is not counted.
+
+    A case that returns a number is also reported as ``"<name> kernel"`` with that many seconds: its kernels' share.
+    """
+    seconds: dict[str, list[float]] = {}
     for turn in range(rounds + 1):
         for name, case in cases.items():
             start = time.perf_counter()
-            case()
+            kernel = case()
+            whole = time.perf_counter() - start
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds.setdefault(name, []).append(whole)
+                if kernel is not None:
+                    seconds.setdefault(f"{name} kernel", []).append(kernel)
     return seconds
 
 
