@@ -1,8 +1,8 @@
 """Kernels against the memory they read, and against NumPy: ``python benchmarks/kernels.py``.
 
 GB/s of input; the share is of the read bandwidth measured in the same rounds with the same number of threads. "off"
-and "on" are the quality columns. "kernel" counts the time in the kernels; "call" the whole call, with its checks and its
-answer.
+and "on" are the quality columns. "kernel" counts the time in the kernels; "call" the whole call, with its checks and
+its answer.
 """
 
 from __future__ import annotations

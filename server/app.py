@@ -31,8 +31,8 @@ from flightquant.spec import SCHEMES, Command
 
 log = logging.getLogger("flightquant.server")
 
-INLINE_TILES = 16
-"""Batches of up to 4 MiB of float32 are computed on the call's own thread: the other cores are busy with transport."""
+INLINE_TILES = 32
+"""Batches of up to 8 MiB of float32 are computed on the call's own thread: the other cores are busy with transport."""
 
 LAST_WORD_S = 2.0
 """Of the grace period, the share at its end in which calls that still run are told ``draining``: at most half of it."""
