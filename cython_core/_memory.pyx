@@ -30,7 +30,7 @@ cdef extern from *:
 
 MIN_BYTES = 1 << 20
 """Smaller outputs are not worth it: Arrow's own pool keeps such memory."""
-MAX_KEPT_BYTES = 128 << 20
+MAX_KEPT_BYTES = 64 << 20
 """Most memory that the store keeps while nobody uses it."""
 
 cdef enum:

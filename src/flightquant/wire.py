@@ -47,6 +47,7 @@ ANSWER_FIELDS: tuple[pa.Field, ...] = (
 _VALUE_DTYPES = {pa.float32(): "float32", pa.float16(): "float16", pa.float64(): "float64"}
 _BF16_STORAGE = (pa.uint16(), pa.binary(2))
 
+_COLUMNS = ("layer_name", "weights", "shape", *OVERRIDE_KEYS, "row_offset", "importance", "global_amax")
 _STRINGS = (pa.utf8(), pa.large_utf8())
 _OVERRIDE_TYPES: dict[str, tuple[pa.DataType, ...]] = {
     "scheme": _STRINGS,
@@ -175,10 +176,10 @@ def _check_field(field: pa.Field) -> None:
         _check_passthrough(name, kind)
     else:
         raise InvalidRequestError(
-            f'unknown column "{name[:80]}"; expected layer_name, weights, shape, {", ".join(OVERRIDE_KEYS)}, '
-            "row_offset, importance, global_amax or a name that begins with x_",
+            f'unknown column "{name[:80]}"; expected one of {", ".join(_COLUMNS)}, or a name that begins with x_',
             field=name,
             got=name,
+            expected=_COLUMNS,
         )
 
 
