@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ import pyarrow as pa
 from flightquant.client import compressed
 from flightquant.client.safetensors import FLOATS, SafetensorsFile, SafetensorsWriter
 from flightquant.errors import InvalidRequestError, LayerError
-from flightquant.layers import Layer
+from flightquant.layers import Layer, layer_class
 from flightquant.spec import Command, LayerSpec
 
 KEPT_PATTERNS = ("*embed*", "*norm*", "*lm_head*", "*.wte.*", "*.wpe.*", "*.ln_*", "*.mlp.gate.*", "*.router.*")
@@ -68,11 +67,6 @@ class Conversion:
     seconds: float = 0.0
     file_bytes_in: int = 0
     file_bytes_out: int = 0
-
-
-def layer_class(name: str) -> str:
-    """A layer's name with every number replaced by ``*``: ``encoder.layer.*.output.dense.weight``."""
-    return re.sub(r"\d+", "*", name)
 
 
 def select(file: SafetensorsFile, spec: LayerSpec, keep: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:

@@ -92,7 +92,9 @@ def quantize(
         return pa.Table.from_batches(answers, schema=answer_schema(pa.schema([])))
     reader = as_reader(weights)
     session = engine.session(reader.schema, command, _UNLIMITED)
-    return pa.Table.from_batches([session.quantize(batch).batch for batch in reader if batch.num_rows], schema=session.schema)
+    return pa.Table.from_batches(
+        [session.quantize(batch).batch for batch in reader if batch.num_rows], schema=session.schema
+    )
 
 
 def _quantize_mapping(engine: Engine, weights: Mapping[str, Any], command: Command) -> Iterator[pa.RecordBatch]:

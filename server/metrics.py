@@ -5,7 +5,6 @@ All label sets exist from the start, so that ``rate()`` sees the first increment
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +16,7 @@ import pyarrow.compute as pc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 from flightquant.errors import ERRORS, ROW_STATUSES
+from flightquant.layers import NUMBERS, layer_class
 from flightquant.server.admission import Admission
 from flightquant.server.calls import UNKNOWN, Call
 from flightquant.spec import OPERATIONS, SCHEMES
@@ -35,7 +35,6 @@ FEW_NAMES = 16
 
 _STAGE_BUCKETS = (1e-5, 1e-4, 2.5e-4, 1e-3, 2.5e-3, 1e-2, 2.5e-2, 0.1, 0.25, 1.0, 2.5, 10.0)
 _CALL_BUCKETS = (1e-3, 1e-2, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0)
-_DIGITS = re.compile(r"[0-9]+")
 
 
 class Metrics:
@@ -146,8 +145,8 @@ class Metrics:
                 self._rows[count["values"].as_py()].inc(count["counts"].as_py())
         classes, which = layer_classes(answer.column("layer_name"))
         totals = (np.bincount(which, weights, len(classes)).tolist() for weights in (None, nanoseconds / 1e9, size_in))
-        for layer_class, *amounts in zip(classes, *totals, strict=True):
-            for counter, amount in zip(self._class_counters(layer_class), amounts, strict=True):
+        for name, *amounts in zip(classes, *totals, strict=True):
+            for counter, amount in zip(self._class_counters(name), amounts, strict=True):
                 counter.inc(amount)
 
     def _class_counters(self, layer_class: str) -> tuple[Counter, Counter, Counter]:
@@ -192,10 +191,10 @@ def layer_classes(names: pa.Array) -> tuple[list[str], npt.NDArray[np.int64]]:
         For every name the index of its class.
     """
     if len(names) <= FEW_NAMES:
-        starred = [_DIGITS.sub("*", name.as_py()) for name in names]
+        starred = [layer_class(name.as_py()) for name in names]
         distinct = {name: index for index, name in enumerate(dict.fromkeys(starred))}
         which = np.array([distinct[name] for name in starred], np.int64)
     else:
-        encoded = pc.replace_substring_regex(names, _DIGITS.pattern, "*").dictionary_encode()
+        encoded = pc.replace_substring_regex(names, NUMBERS.pattern, "*").dictionary_encode()
         distinct, which = encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
     return [name[:MAX_CLASS_LENGTH] for name in distinct], which

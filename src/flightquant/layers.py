@@ -7,6 +7,7 @@ recognised by what they are.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,14 @@ _ARROW_VALUES = {
     "float64": pa.float64(),
     "bfloat16": pa.uint16(),
 }
+
+
+NUMBERS = re.compile("[0-9]+")
+
+
+def layer_class(name: str) -> str:
+    """A layer's name with every number replaced by ``*``: ``model.layers.*.mlp.up_proj.weight``."""
+    return NUMBERS.sub("*", name)
 
 
 @dataclass(frozen=True, slots=True)
