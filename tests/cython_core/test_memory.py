@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +31,7 @@ def test_memory_returns_when_its_last_user_is_gone_and_is_taken_again() -> None:
 def test_two_users_never_have_the_same_memory() -> None:
     held = [OutputMemory(MIN_BYTES + size) for size in (0, 10, 20, 0, 10, 20)]
     spans = sorted((memory.address, memory.address + memory.nbytes) for memory in held)
-    assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
 
 
 def test_memory_that_is_much_too_large_is_not_taken() -> None:
