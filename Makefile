@@ -9,11 +9,12 @@ PYTEST_ARGS ?=
 environment = $(PYTHON) scripts/environment.py $(VENV)
 bin = $(VENV)/bin
 
-.PHONY: help demo test bench check packages sanitize oracles clean
+.PHONY: help demo test slow bench check packages sanitize oracles clean
 
 help:
 	@echo "make demo      quantize a real model through a local server: table, plot and proof"
-	@echo "make test      all tests"
+	@echo "make test      all tests but the slow ones"
+	@echo "make slow      the tests that take minutes, such as 4 GiB through a server whose memory is watched"
 	@echo "make bench     kernels against memory bandwidth, the exchange against one that does not compute"
 	@echo "make check     lint, format, types, stubs"
 	@echo "make packages  build wheel and sdist, install each and editable in clean environments"
@@ -28,7 +29,11 @@ demo:
 
 test:
 	@$(environment) test
-	$(bin)/python -m pytest $(PYTEST_ARGS)
+	$(bin)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+slow:
+	@$(environment) test
+	$(bin)/python -m pytest -m slow -s $(PYTEST_ARGS)
 
 bench:
 	@$(environment) test

@@ -24,8 +24,9 @@ def test_memory_returns_when_its_last_user_is_gone_and_is_taken_again() -> None:
     del array
     assert bytes_kept() == before
     del view
-    assert bytes_kept() == before + 3 * MIN_BYTES
-    assert OutputMemory(3 * MIN_BYTES - 100).address == address
+    assert bytes_kept() >= before + 3 * MIN_BYTES
+    taken = [OutputMemory(3 * MIN_BYTES - 100) for _ in range(65)]  # more than are kept
+    assert address in [again.address for again in taken]
 
 
 def test_two_users_never_have_the_same_memory() -> None:
