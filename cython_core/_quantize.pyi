@@ -6,7 +6,6 @@ from typing_extensions import disjoint_base
 
 DTYPES: dict[str, int]
 FAMILIES: dict[str, int]
-TILE: int
 SPEC_FIELDS: tuple[str, ...]
 JOB_WIDTH: int
 

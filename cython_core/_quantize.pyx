@@ -58,7 +58,6 @@ cdef extern from "<time.h>" nogil:
 
 DTYPES = {"float32": FQ_F32, "float16": FQ_F16, "bfloat16": FQ_BF16, "float64": FQ_F64}
 FAMILIES = {"int8": FQ_INTEGER, "int4": FQ_INTEGER, "q8_0": FQ_Q8_0, "q4_0": FQ_Q4_0}
-TILE = FQ_TILE
 
 SPEC_FIELDS = (
     "family", "dtype", "arithmetic", "scale_dtype", "bits", "symmetric", "shared_scale", "group_size", "block_bytes",

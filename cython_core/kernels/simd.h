@@ -91,7 +91,6 @@ FQ_INLINE vf vf_where_zero(vf test, vf a, vf b) {
   FQ_EACH r.p[k] = pf_where_zero(test.p[k], a.p[k], b.p[k]);
   return r;
 }
-FQ_INLINE vf vf_abs(vf a) { return vi_float(vi_and(vf_bits(a), vi_set(0x7fffffff))); }
 
 /* 16 weights of another dtype as float32, from any address. */
 FQ_INLINE vf vf_load_f16(const char *a) {
