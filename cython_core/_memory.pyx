@@ -67,7 +67,7 @@ cdef Block take(size_t nbytes) noexcept:
 
 cdef void give_back(Block block) noexcept:
     global kept_count, kept_bytes
-    cdef bint keep
+    cdef bint keep = False
     with store:
         keep = kept_count < SLOTS and kept_bytes + block.nbytes <= most_kept
         if keep:

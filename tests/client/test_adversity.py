@@ -262,7 +262,8 @@ def test_a_killed_server_is_an_error_within_the_deadline() -> None:
 
 
 CLIENT = """
-import sys, threading
+import signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background without it
 sys.path.insert(0, {folder!r})
 import conftest, numpy as np
 from flightquant.client import QuantClient
