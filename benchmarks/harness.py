@@ -11,15 +11,18 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from flightquant.cython_core import active_isa
 from flightquant.cython_core._quantize import DTYPES, FAMILIES, JOB_WIDTH, SPEC_FIELDS, Plan, lay_out
+from flightquant.cython_core.budget import ThreadBudget
+from flightquant.layers import Layer
 
 
 def cpu_model() -> str:
@@ -30,15 +33,15 @@ def cpu_model() -> str:
     return platform.processor()
 
 
-def machine() -> dict[str, Any]:
-    """What a figure depends on: processor, CPUs, instruction set, versions."""
+def machine(libraries: Sequence[str] = ()) -> dict[str, Any]:
+    """What a figure depends on: processor, CPUs, instruction set, versions of Python and of the named libraries."""
     facts: dict[str, Any] = {
         "cpu": cpu_model(),
         "cpus": len(os.sched_getaffinity(0)),
         "isa": active_isa(),
         "python": platform.python_version(),
     }
-    for name in ("flightquant", "numpy", "pyarrow"):
+    for name in ("flightquant", "numpy", "pyarrow", *libraries):
         try:
             facts[name] = version(name)
         except PackageNotFoundError:
@@ -99,7 +102,17 @@ def summary(seconds: list[float], nbytes: int) -> dict[str, float]:
     return {"gb_s": statistics.median(rates), "min": rates[0], "max": rates[-1]}
 
 
-def reader(array: np.ndarray, n_threads: int) -> Callable[[], None]:
+def weights(shape: tuple[int, int], dtype: str = "float32", seed: int = 1) -> Layer:
+    """Weights of a layer as checkpoints have them: normally distributed, standard deviation 0.02."""
+    values = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    values *= np.float32(0.02)
+    if dtype == "bfloat16":
+        bits = ((values.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)).astype(np.uint16)
+        return Layer("weight", shape, dtype, bits.reshape(-1))
+    return Layer("weight", shape, dtype, values.astype(dtype).reshape(-1))
+
+
+def reader(array: npt.NDArray[Any], n_threads: int) -> Callable[[], None]:
     """A function that reads an array once with so many threads: the roof of every kernel that reads its input once.
 
     It takes the largest magnitude, two vector operations for 64 bytes, so that memory alone sets its pace.
@@ -118,7 +131,7 @@ def reader(array: np.ndarray, n_threads: int) -> Callable[[], None]:
         np.zeros(1, np.int64),
         ones * array.ctypes.data,
         ones * array.size,
-        np.array([array.shape], np.int64),
+        np.array([[1, array.size]], np.int64),
         np.zeros(1, np.uint8),
         jobs,
         ones,
@@ -126,11 +139,12 @@ def reader(array: np.ndarray, n_threads: int) -> Callable[[], None]:
         np.empty(1, np.int64),
     )
     # Only ranges are taken: nothing is written to the outputs, whose addresses are those of nothing.
-    plan = Plan(jobs, np.full(1, np.nan, np.float32), active_isa(), False, 0, 0, 0, array)
-    return lambda: plan.reduce(0, plan.reduce_tiles, n_threads)
+    plan = Plan(jobs, np.full(1, np.nan, np.float32), active_isa(), False, 0, 0, 0, 0, array)
+    budget = ThreadBudget(n_threads, 0)
+    return lambda: budget.run(plan.reduce_tiles, lambda count: plan.reduce(0, plan.reduce_tiles, count))
 
 
-def write_json(path: str | None, result: Mapping[str, Any]) -> None:
+def write_json(path: Path | None, result: Mapping[str, Any]) -> None:
     """The figures as JSON, where asked for."""
-    if path:
-        Path(path).write_text(json.dumps(result, indent=2) + "\n")
+    if path is not None:
+        path.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,127 +1,191 @@
-"""Kernels against the memory they read, and against NumPy: ``python benchmarks/kernels.py``.
+"""The kernels against the memory that they read: schemes, sizes, reductions, single layers.
 
-GB/s of input; the share is of the read bandwidth measured in the same rounds with the same number of threads. "off"
-and "on" are the quality columns. "kernel" counts the time in the kernels; "call" the whole call, with its checks and
-its answer.
+GB/s of input; the share is of the read bandwidth measured in the same rounds with the same number of threads. "off" and
+"on" are the quality columns. "kernel" counts the time in the kernels; "call" the whole call, with its checks and its
+answer.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from harness import OtherLoad, header, interleaved, machine, reader, summary, write_json
 
-from flightquant import reference
+from flightquant.benchmarks.harness import interleaved, reader, summary, weights
 from flightquant.cython_core.engine import Engine
-from flightquant.layers import as_layer, layers_batch
-from flightquant.spec import Command
+from flightquant.layers import Layer, layers_batch
+from flightquant.spec import SCHEMES, Command
 
-CASES: dict[str, dict[str, Any]] = {
-    "int8 channel": {"scheme": "int8"},
-    "int8 group 128": {"scheme": "int8", "group_size": 128},
-    "int8 tensor": {"scheme": "int8", "granularity": "tensor"},
-    "int8 channel asym": {"scheme": "int8", "symmetric": False},
-    "int4 group 128": {"scheme": "int4"},
-    "int4 group 32": {"scheme": "int4", "group_size": 32},
-    "int4 group 128 asym": {"scheme": "int4", "symmetric": False},
-    "q8_0": {"scheme": "q8_0"},
-    "q4_0": {"scheme": "q4_0"},
+Figures = list[dict[str, Any]]
+
+SIZES: dict[str, tuple[int, tuple[int, int]]] = {
+    "64K": (1, (16, 4096)),
+    "256K": (1, (64, 4096)),
+    "4.2M": (1, (1024, 4096)),
+    "16.8M": (1, (4096, 4096)),
+    "67M": (1, (16384, 4096)),
+    "100 layers of 1M": (100, (256, 4096)),
 }
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+"""Layers and their shape, by the size's name."""
+
+SIZED_SCHEMES = ("int8", "int4", "q4_0")
+"""Schemes of which every size is measured: one of each way through a layer."""
 
 
-def kernel(engine: Engine, weights: np.ndarray, options: dict[str, Any], metrics: bool) -> Callable[[], Any]:
-    """One quantization of a whole layer, checks and answer included; returns its kernels' seconds."""
-    batch = layers_batch([as_layer("weight", weights)])
-    session = engine.session(batch.schema, Command.build(metrics=metrics, **options))
-    return lambda: session.quantize(batch).seconds["kernel"]
-
-
-def against_memory(rows: int, cols: int, rounds: int) -> list[dict[str, Any]]:
-    """Every case, dtype and number of threads, interleaved with plain reading of the same bytes."""
-    source = (np.random.default_rng(1).standard_normal((rows, cols)) * 0.02).astype(np.float32)
-    found = []
-    for n_threads in (1, 2):
-        engine = Engine(n_threads)
-        for dtype, kind in DTYPES.items():
-            weights = source.astype(kind)
-            cases: dict[str, Callable[[], Any]] = {"read": reader(source, n_threads)}
-            for name, options in CASES.items():
-                cases[f"{name}|off"] = kernel(engine, weights, options, False)
-                cases[f"{name}|on"] = kernel(engine, weights, options, True)
-            seconds = interleaved(cases, rounds)
-            read = summary(seconds.pop("read"), source.nbytes)
-            for name in [name for name in seconds if not name.endswith(" kernel")]:
-                case, metrics = name.split("|")
-                rate = summary(seconds[f"{name} kernel"], weights.nbytes)
-                call = summary(seconds[name], weights.nbytes)
-                facts = {"case": case, "metrics": metrics, "dtype": dtype, "threads": n_threads}
-                shares = {"share": rate["gb_s"] / read["gb_s"], "call_share": call["gb_s"] / read["gb_s"]}
-                ns = weights.nbytes / rate["gb_s"] / weights.size
-                found.append({**facts, **rate, **shares, "ns_per_weight": ns, "call": call, "read": read})
-        engine.close()
+def cases(schemes: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """The command's options of each case by its name: every scheme as it is by default, and integers' variants."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, scheme in SCHEMES.items():
+        if schemes and name not in schemes:
+            continue
+        found[name] = {"scheme": name}
+        if name in ("int8", "int4"):
+            other = {"group_size": 128} if scheme.granularities[0] == "channel" else {"group_size": 32}
+            found[f"{name} group {other['group_size']}"] = {"scheme": name, **other}
+            found[f"{name} zero points"] = {"scheme": name, "symmetric": False}
+        found.update(
+            {
+                f"{name} {other}": {"scheme": name, "granularity": other}
+                for other in scheme.granularities[1:]
+                if other in ("tensor", "block") and scheme.bits == 8
+            }
+        )
     return found
 
 
-def against_numpy(rounds: int) -> list[dict[str, Any]]:
-    """One thread against the NumPy reference, on a layer that NumPy can finish."""
-    weights = (np.random.default_rng(2).standard_normal((512, 4096)) * 0.02).astype(np.float32)
+@dataclass(frozen=True)
+class Run:
+    """One operation of the engine on a batch of layers; called, it returns its kernels' seconds."""
+
+    engine: Engine
+    layers: tuple[Layer, ...]
+    options: dict[str, Any]
+    metrics: bool
+
+    def bound(self) -> Callable[[], float]:
+        """The call itself, its batch and session made once."""
+        batch = layers_batch(self.layers)
+        session = self.engine.session(batch.schema, Command.build(metrics=self.metrics, **self.options))
+        return lambda: session.quantize(batch).seconds["kernel"]
+
+
+def measure(runs: dict[tuple[str, str], Run], n_threads: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Every run, interleaved with plain reading of the same bytes.
+
+    Parameters
+    ----------
+    runs : dict
+        By (case, "off" or "on").
+    """
+    first = next(iter(runs.values())).layers
+    read_bytes = sum(layer.nbytes for layer in first)
+    # Reading is timed on so much memory that no cache holds it, whatever the layers' size.
+    memory = np.concatenate([layer.data for layer in first] * max(1, (1 << 26) // read_bytes))
+    timed: dict[str, Callable[[], float | None]] = {"read": reader(_as_float32(memory), n_threads)}
+    timed |= {"|".join(key): run.bound() for key, run in runs.items()}
+    seconds = interleaved(timed, rounds)
+    read = summary(seconds["read"], memory.nbytes)
+    for (case, metrics), run in runs.items():
+        nbytes, count = (
+            sum(sizes) for sizes in zip(*((layer.nbytes, layer.data.size) for layer in run.layers), strict=True)
+        )
+        key = f"{case}|{metrics}"
+        rate, call = summary(seconds[f"{key} kernel"], nbytes), summary(seconds[key], nbytes)
+        yield {
+            "case": case,
+            "metrics": metrics,
+            "dtype": run.layers[0].dtype,
+            "threads": n_threads,
+            **rate,
+            "share": rate["gb_s"] / read["gb_s"],
+            "ns_per_weight": nbytes / rate["gb_s"] / count,
+            "call": call,
+            "call_share": call["gb_s"] / read["gb_s"],
+            "read": read,
+        }
+
+
+def _as_float32(memory: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return memory.view(np.uint8)[: memory.nbytes // 4 * 4].view(np.float32)
+
+
+def schemes(
+    chosen: dict[str, dict[str, Any]],
+    shape: tuple[int, int],
+    dtypes: Sequence[str],
+    threads: Sequence[int],
+    rounds: int,
+) -> Figures:
+    """Every case on a layer of one shape."""
+    found: Figures = []
+    for dtype in dtypes:
+        layer = weights(shape, dtype)
+        for n_threads in threads:
+            engine = Engine(n_threads)
+            runs = {
+                (name, metrics): Run(engine, (layer,), options, metrics == "on")
+                for name, options in chosen.items()
+                for metrics in ("off", "on")
+            }
+            found += [{"shape": list(shape), **row} for row in measure(runs, n_threads, rounds)]
+            engine.close()
+    return found
+
+
+def sizes(threads: Sequence[int], rounds: int, largest: int) -> Figures:
+    """One scheme of each kind on layers of every size class up to so many weights, and on a batch of many layers."""
+    found: Figures = []
+    for size, (count, shape) in SIZES.items():
+        if count * shape[0] * shape[1] > largest:
+            continue
+        layers = tuple(Layer(f"w{i}", shape, "float32", weights(shape, seed=i).data) for i in range(count))
+        for n_threads in threads:
+            engine = Engine(n_threads)
+            for name in SIZED_SCHEMES:  # one after the other, so that each reuses its outputs' memory as callers do
+                runs = {(name, "off"): Run(engine, layers, {"scheme": name}, False)}
+                found += [{"size": size, **row} for row in measure(runs, n_threads, rounds)]
+            engine.close()
+    return found
+
+
+def in_cache(chosen: dict[str, dict[str, Any]], rounds: int) -> dict[str, float]:
+    """GB/s of each case on one thread with its weights in cache: what the kernel could do if memory cost nothing."""
+    layer = weights((48, 4096))  # in the second-level cache, large enough that starting up counts little
     engine = Engine(1)
-    found = []
-    for name, options in CASES.items():
-        spec = Command.build(**options).layer_spec()
-
-        def slow(spec: Any = spec) -> None:
-            reference.quantize(weights, spec, "float32", measure=False)
-
-        seconds = interleaved({"numpy": slow, "kernel": kernel(engine, weights, options, False)}, rounds)
-        rates = {side: summary(values, weights.nbytes) for side, values in seconds.items()}
-        found.append({"case": name, **rates, "times": rates["kernel"]["gb_s"] / rates["numpy"]["gb_s"]})
+    timed: dict[str, Callable[[], float | None]] = {}
+    for name, options in chosen.items():
+        run = Run(engine, (layer,), options, False).bound()
+        timed[name] = lambda run=run: sum(run() for _ in range(10))  # type: ignore[misc]
+    seconds = interleaved(timed, rounds)
     engine.close()
+    return {name: summary(seconds[f"{name} kernel"], 10 * layer.nbytes)["gb_s"] for name in chosen}
+
+
+def layers(rounds: int) -> Figures:
+    """Whole calls in-process on two threads, as a user sees them: one layer of 4 MiB, 100 of them, one as a list."""
+    import flightquant
+
+    many = {f"w{i}": weights((256, 4096), seed=i).data.reshape(256, 4096) for i in range(100)}
+    values = many["w0"].reshape(-1)
+
+    def each() -> None:
+        for name, layer in many.items():
+            flightquant.quantize({name: layer}, "int4", metrics=False, n_threads=2)
+
+    def together() -> None:
+        flightquant.quantize(many, "int4", metrics=False, n_threads=2)
+
+    def through_a_list() -> None:
+        back = np.array(values.tolist(), np.float32).reshape(256, 4096)
+        flightquant.quantize({"w": back}, "int4", metrics=False, n_threads=2)
+
+    seconds = interleaved({"alone": each, "together": together, "list": through_a_list}, rounds)
+    names = {"alone": "a layer of 4 MiB (mean of 100)", "together": "100 layers of 4 MiB", "list": "one through a list"}
+    found: Figures = []
+    for key, taken in seconds.items():
+        each_ms = sorted(value * 1e3 / (len(many) if key == "alone" else 1) for value in taken)
+        found.append({"case": names[key], "ms": statistics.median(each_ms), "min": each_ms[0], "max": each_ms[-1]})
     return found
-
-
-def main() -> None:
-    """Run, print, and write JSON where asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--cols", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", metavar="FILE")
-    options = parser.parse_args()
-    facts, load = machine(), OtherLoad()
-    print(header(facts))
-    found = against_memory(options.rows, options.cols, options.rounds)
-    seen = None
-    for row in found:
-        group = (row["threads"], row["dtype"])
-        if group != seen:
-            seen = group
-            read = row["read"]
-            print(
-                f"\n{row['dtype']} {options.rows}x{options.cols}, {row['threads']} thread(s); reading "
-                f"{read['gb_s']:.1f} GB/s ({read['min']:.1f} to {read['max']:.1f})"
-            )
-        print(
-            f"  {row['case']:<20} {row['metrics']:<3} kernel {row['gb_s']:6.2f} GB/s ({row['min']:.2f} to "
-            f"{row['max']:.2f}) {row['share']:5.0%} of reading {row['ns_per_weight']:.3f} ns/weight;"
-            f" call {row['call']['gb_s']:6.2f} GB/s {row['call_share']:5.0%}"
-        )
-    print("\nagainst the NumPy reference, float32 512x4096, 1 thread")
-    numpy_rows = against_numpy(max(3, options.rounds // 2))
-    for row in numpy_rows:
-        print(
-            f"  {row['case']:<20} {row['kernel']['gb_s']:6.2f} GB/s, NumPy {row['numpy']['gb_s']:.3f} GB/s: "
-            f"{row['times']:.0f} times"
-        )
-    shares = load.shares()
-    print(f"\nCPU time stolen by the host: {shares['stolen']:.1%}; used by this process: {shares['own']:.0%}")
-    write_json(options.json, {"machine": facts, "kernels": found, "numpy": numpy_rows, "load": shares})
-
-
-if __name__ == "__main__":
-    main()

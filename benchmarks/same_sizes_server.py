@@ -1,7 +1,7 @@
 """A Flight server that reads what the service reads and writes what it writes, but computes nothing.
 
 The floor of an exchange: every answer batch has the bytes of a real one, taken from memory that never changes. Run by
-``exchange.py``; prints its address.
+``exchange``; prints its address.
 """
 
 from __future__ import annotations

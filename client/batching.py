@@ -19,9 +19,9 @@ import pyarrow.compute as pc
 from flightquant import wire
 from flightquant.errors import InvalidRequestError, TooLargeError
 from flightquant.layers import Layer, layers_batch
-from flightquant.reference import unit_length
+from flightquant.reference import fits_groups, fits_transpose, matrix_shape, unit_length
 from flightquant.reference.quality import TILE
-from flightquant.spec import OVERRIDE_KEYS, Command, LayerSpec
+from flightquant.spec import BLOCK_EDGE, OVERRIDE_KEYS, Command, LayerSpec
 
 MIN_BYTES = 4 << 20
 """Small layers are joined until a message has as much; a layer of this size is sent alone, without a copy."""
@@ -49,6 +49,8 @@ class Part:
         What the caller gave as the layer's own ``row_offset``.
     one_scale : bool
         Whether all parts share one scale (granularity ``tensor``).
+    whole_scale : bool
+        Whether the last of each part's scales is one that all share.
     """
 
     first: int
@@ -56,6 +58,7 @@ class Part:
     shape: tuple[int, ...]
     row_offset: int | None
     one_scale: bool
+    whole_scale: bool = False
 
     @property
     def ends(self) -> bool:
@@ -92,9 +95,15 @@ def cut(shape: tuple[int, ...], itemsize: int, spec: LayerSpec) -> list[tuple[in
         return whole
     count = shape[0]
     width = prod(shape[1:])
-    step = 1 if len(shape) > 1 else spec.group_size
     unit = unit_length(spec, shape[-1])
-    if unit <= TILE:
+    # Where groups cross rows, a part may begin only at a row that a group begins with.
+    step = spec.group_size // gcd(spec.group_size, width) if len(shape) == 1 or spec.scheme.flat else 1
+    if spec.granularity == "block":
+        # A block never crosses parts, so that the parts' scales, put together, are those of the whole.
+        step = BLOCK_EDGE // gcd(BLOCK_EDGE, prod(shape[1:-1]))
+    elif spec.scheme.transposed:
+        step = 32 // gcd(32, prod(shape[1:-1]))
+    if spec.granularity != "block" and unit <= TILE:
         tile = TILE // unit * unit
         aligned = lcm(step, tile // gcd(tile, width))
         if aligned * width * itemsize <= MAX_BYTES:
@@ -107,10 +116,12 @@ def _can_cut(shape: tuple[int, ...], spec: LayerSpec) -> bool:
     if spec.granularity == "tensor":
         # One scale for all: the parts can be told the magnitude of the whole, but not its smallest and largest value.
         return spec.symmetric and len(shape) > 1
+    if spec.scheme.transposed:
+        return len(shape) > 1 and fits_transpose(spec, *matrix_shape(shape))
     if len(shape) > 1:
         return True
     # One dimension is one row; whole groups of it fill whole words, a row of one scale cannot be cut.
-    return len(shape) == 1 and spec.granularity == "group" and shape[0] % spec.group_size == 0
+    return len(shape) == 1 and spec.granularity == "group" and fits_groups(spec, shape[0])
 
 
 def magnitude(data: npt.NDArray[Any], dtype: str) -> float:
@@ -137,7 +148,7 @@ def pack(layers: Iterable[Layer], command: Command) -> Iterator[Request]:
         A layer that cannot be cut is larger than a message can be.
     """
     spec = command.layer_spec()
-    with_amax = spec.granularity == "tensor" and spec.symmetric
+    with_amax = spec.takes_magnitude
     pending: list[Layer] = []
     for layer in layers:
         ranges = cut(layer.shape, layer.data.itemsize, spec)
@@ -156,7 +167,7 @@ def pack(layers: Iterable[Layer], command: Command) -> Iterator[Request]:
                 batch = layers_batch([layer.part(first, last)], [first])
                 if with_amax:
                     batch = _with_column(batch, "global_amax", pa.array([amax], pa.float32()))
-                yield Request(batch, batch_bytes(batch), Part(first, last, layer.shape, None, with_amax))
+                yield Request(batch, batch_bytes(batch), _part(first, last, layer.shape, None, spec))
             continue
         _check_message(layer.name, layer.nbytes)
         pending.append(layer)
@@ -165,6 +176,10 @@ def pack(layers: Iterable[Layer], command: Command) -> Iterator[Request]:
             pending = []
     if pending:
         yield _joined(pending, with_amax)
+
+
+def _part(first: int, last: int, shape: tuple[int, ...], row_offset: int | None, spec: LayerSpec) -> Part:
+    return Part(first, last, shape, row_offset, spec.granularity == "tensor", spec.scheme.whole_scale)
 
 
 def _joined(layers: list[Layer], with_amax: bool) -> Request:
@@ -292,7 +307,7 @@ def _row_parts(batch: pa.RecordBatch, row: int, command: Command) -> list[Reques
     if len(ranges) == 1 or values.null_count:
         return []
     amax = batch.column("global_amax")[row].as_py()
-    if spec.granularity == "tensor" and amax is None:
+    if spec.takes_magnitude and amax is None:
         amax = magnitude(_as_numpy(values), wire.weights_dtype(batch.schema.field("weights")))
         if not np.isfinite(amax):
             return []
@@ -311,7 +326,7 @@ def _row_parts(batch: pa.RecordBatch, row: int, command: Command) -> list[Reques
         part = _with_column(part, "shape", pa.array([[last - first, *shape[1:]]], batch.schema.field("shape").type))
         part = _with_column(part, "row_offset", pa.array([(given or 0) + first], pa.int64()))
         part = _with_column(part, "global_amax", pa.array([amax], pa.float32()))
-        described = Part(first, last, shape, given, spec.granularity == "tensor")
+        described = _part(first, last, shape, given, spec)
         parts.append(Request(part.cast(batch.schema), size * itemsize, described))
     return parts
 

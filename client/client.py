@@ -3,38 +3,52 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
 import pyarrow as pa
-import pyarrow.flight as flight
 
 from flightquant import wire
-from flightquant.client.batching import Request, by_dtype, pack, reslice
-from flightquant.client.exchange import Exchange, Window
-from flightquant.client.joining import Answer, join
-from flightquant.errors import DeadlineError, InvalidRequestError
-from flightquant.layers import as_layer, as_reader
+from flightquant.client import in_process
+from flightquant.client.batching import by_dtype, pack, reslice
+from flightquant.client.calls import Call, Cancellation, Placed, Progress, Settings
+from flightquant.client.connection import Credentials
+from flightquant.client.exchange import STALL_SECONDS
+from flightquant.client.retry import Retry
+from flightquant.client.servers import Servers
+from flightquant.client.weights import as_batches, opened
+from flightquant.layers import as_layer
 from flightquant.spec import Command
 
-Progress = Callable[[str, float], None]
-"""Called with a layer's name and the share of that layer, above 0 and up to 1, whose answer has arrived."""
+LOCAL = "local"
+"""The address of this process's own kernels."""
 
 
 class QuantClient:
-    """Quantizes weights on a server; one connection, used by one call after another or by several threads.
+    """Quantizes weights on a server, on several, or here; serves one call after another, or several threads.
 
     Parameters
     ----------
     uri : str
-        Where the server listens, such as ``grpc://127.0.0.1:8815``.
+        Where the server listens, such as ``grpc://127.0.0.1:8815``; several between commas, or a name that has several
+        addresses: layers are spread over all, and what a dead one held goes to the others. ``"local"``: this process's
+        own kernels. ``grpc+tls://`` for TLS.
+    credentials : Credentials, optional
+        Bearer token and certificates.
+    headers : mapping, optional
+        Sent with every call, such as ``x-request-id`` or ``traceparent``: the server's log has them.
     timeout_s : float, optional
         Deadline of every call, in seconds. None: no deadline; a server that is gone is still noticed by keepalive.
     window_bytes, window_batches : int
         How many bytes of weights, and how many batches, may be under way: sent, but their answers not yet taken.
     keepalive_s : float, optional
         Seconds of silence after which the connection is probed; None: never. Servers take offence at less than 300.
+    stall_s : float
+        Seconds without an answer, while one is due, after which the server counts as lost.
+    retry : Retry or None
+        How long a call is repeated that is refused (``overloaded``, ``draining``) or lost: at the first layer without
+        an answer, so that the result is the same bytes. None: the first failure is raised.
 
     Examples
     --------
@@ -46,26 +60,18 @@ class QuantClient:
         self,
         uri: str,
         *,
+        credentials: Credentials | None = None,
+        headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
         window_bytes: int = 64 << 20,
         window_batches: int = 16,
         keepalive_s: float | None = 300.0,
+        stall_s: float = STALL_SECONDS,
+        retry: Retry | None = Retry(),  # noqa: B008 - frozen
     ) -> None:
-        options: list[tuple[str, int]] = []
-        if keepalive_s is not None:
-            options = [
-                ("grpc.keepalive_time_ms", int(keepalive_s * 1000)),
-                ("grpc.keepalive_timeout_ms", 20_000),
-            ]
-        try:
-            self._flight = flight.FlightClient(uri, generic_options=options)
-        except (flight.FlightError, pa.ArrowException) as error:
-            raise InvalidRequestError(
-                f'cannot use the address "{uri}"; expected one such as grpc://127.0.0.1:8815', field="uri", got=uri
-            ) from error
-        self._timeout_s = timeout_s
-        self._window_bytes = window_bytes
-        self._window_batches = window_batches
+        access = credentials or Credentials()
+        self._settings = Settings(timeout_s, window_bytes, window_batches, stall_s, retry, access, dict(headers or {}))
+        self._servers = None if uri == LOCAL else Servers(uri, keepalive_s, self._settings)
 
     def __enter__(self) -> Self:
         return self
@@ -76,8 +82,9 @@ class QuantClient:
         self.close()
 
     def close(self) -> None:
-        """Close the connection."""
-        self._flight.close()
+        """Close the connections."""
+        if self._servers is not None:
+            self._servers.close()
 
     def quantize(
         self,
@@ -85,6 +92,7 @@ class QuantClient:
         scheme: str | None = None,
         *,
         bit_width: int | None = None,
+        packing: str | None = None,
         granularity: str | None = None,
         group_size: int | None = None,
         symmetric: bool | None = None,
@@ -97,9 +105,11 @@ class QuantClient:
 
         Parameters
         ----------
-        weights : mapping of names to arrays, pyarrow Table, RecordBatch or reader, or any ``__arrow_c_stream__``
-            NumPy, torch, ml_dtypes and pyarrow arrays of float32, float16, bfloat16 or float64; dtypes may be mixed.
-        scheme, bit_width, granularity, group_size, symmetric, scale_dtype, on_error, metrics
+        weights : mapping of names to arrays, Arrow data, module, data set, path or URI
+            NumPy, torch, ml_dtypes and pyarrow arrays of float32, float16, bfloat16 or float64 (dtypes may be mixed), a
+            pyarrow Table, RecordBatch or reader, any ``__arrow_c_stream__``, and whatever
+            :func:`flightquant.client.open_source` opens: of that, the float tensors.
+        scheme, bit_width, packing, granularity, group_size, symmetric, scale_dtype, on_error, metrics
             As in the local call; None: the server's default.
         progress : callable, optional
             Called with ``(layer_name, fraction)`` as answers arrive; the fraction is that layer's.
@@ -114,27 +124,32 @@ class QuantClient:
         InvalidRequestError, TooLargeError
             The arguments or the weights break the contract or a limit.
         StreamCutError, UnavailableError, DeadlineError, OverloadedError, DrainingError
-            The call did not end well: nothing of it counts.
+            The call did not end well, nor did its repetitions: nothing of it counts.
         """
-        batches = list(
-            self.stream(
-                weights,
-                scheme,
-                bit_width=bit_width,
-                granularity=granularity,
-                group_size=group_size,
-                symmetric=symmetric,
-                scale_dtype=scale_dtype,
-                on_error=on_error,
-                metrics=metrics,
-                progress=progress,
-            )
+        command = Command.build(
+            scheme=scheme,
+            bit_width=bit_width,
+            packing=packing,
+            granularity=granularity,
+            group_size=group_size,
+            symmetric=symmetric,
+            scale_dtype=scale_dtype,
+            on_error=on_error,
+            metrics=metrics,
         )
-        if not batches:
-            schema = weights.schema if isinstance(weights, pa.Table | pa.RecordBatch) else pa.schema([])
-            return wire.answer_schema(schema).empty_table()
-        if isinstance(weights, Mapping):
-            batches = _in_order(batches, list(weights))
+        return self._quantize(weights, command, progress, Cancellation())
+
+    def _quantize(
+        self, weights: Any, command: Command, progress: Progress | None, cancellation: Cancellation
+    ) -> pa.Table:
+        with opened(weights) as held:
+            answers = sorted(self._stream(held, command, progress, cancellation), key=lambda placed: placed[0])
+            batches = [batch for _, batch in answers]
+            if not batches:
+                schema = held.schema if isinstance(held, pa.Table | pa.RecordBatch) else pa.schema([])
+                return wire.answer_schema(schema).empty_table()
+            if isinstance(held, Mapping):
+                batches = _in_order(batches, list(held))
         return pa.Table.from_batches(batches)
 
     def stream(
@@ -143,6 +158,7 @@ class QuantClient:
         scheme: str | None = None,
         *,
         bit_width: int | None = None,
+        packing: str | None = None,
         granularity: str | None = None,
         group_size: int | None = None,
         symmetric: bool | None = None,
@@ -155,11 +171,13 @@ class QuantClient:
 
         Takes what :meth:`quantize` takes, and an iterable of RecordBatches, which is read only as fast as answers are
         taken. Rows come in the order given; layers of a mapping that has several dtypes come one dtype after the
-        other. A layer that was sent in parts comes as one row. Leaving the iterator early cancels the call.
+        other. From several servers, batches come as they are answered, in any order. A layer that was sent in parts
+        comes as one row. Leaving the iterator early cancels the call.
         """
         command = Command.build(
             scheme=scheme,
             bit_width=bit_width,
+            packing=packing,
             granularity=granularity,
             group_size=group_size,
             symmetric=symmetric,
@@ -167,52 +185,29 @@ class QuantClient:
             on_error=on_error,
             metrics=metrics,
         )
-        return self._stream(weights, command, progress)
+        return (batch for _, batch in self._stream(weights, command, progress, Cancellation()))
 
-    def _stream(self, weights: Any, command: Command, progress: Progress | None) -> Iterator[pa.RecordBatch]:
-        deadline = None if self._timeout_s is None else time.monotonic() + self._timeout_s
-        if not isinstance(weights, Mapping):
-            yield from self._call(reslice(_batches(weights), command), command, deadline, progress)
-            return
-        # One stream has one dtype. Names, not tensors, wait for their turn: a mapping may load lazily.
-        waiting: dict[str, list[str]] = {}
-        everything = (as_layer(name, tensor) for name, tensor in weights.items())
-        yield from self._call(pack(by_dtype(everything, waiting), command), command, deadline, progress)
-        for dtype, names in waiting.items():
-            layers = (as_layer(name, weights[name]) for name in names)
-            yield from self._call(pack(by_dtype(layers, {}, dtype), command), command, deadline, progress)
-
-    def _call(
-        self, requests: Iterator[Request], command: Command, deadline: float | None, progress: Progress | None
-    ) -> Iterator[pa.RecordBatch]:
-        left = None if deadline is None else deadline - time.monotonic()
-        if left is not None and left <= 0:
-            raise DeadlineError(f"the call's {self._timeout_s} s are over")
-        options = flight.FlightCallOptions(timeout=left, headers=[(wire.SUMS_HEADER.encode(), b"1")])
-        window = Window(self._window_bytes, self._window_batches)
-        answers = iter(Exchange(self._flight, command.to_json(), options, requests, window))
-        try:
-            yield from join(_told(answers, progress) if progress else answers)
-        finally:
-            answers.close()  # type: ignore[attr-defined]
-
-
-def _batches(weights: Any) -> Iterable[pa.RecordBatch]:
-    """Request batches from anything Arrow, or from an iterable of RecordBatches."""
-    if isinstance(weights, Iterator | list | tuple) and not hasattr(weights, "__arrow_c_stream__"):
-        return weights
-    reader: Iterable[pa.RecordBatch] = as_reader(weights)
-    return reader
-
-
-def _told(answers: Iterator[Answer], progress: Progress) -> Iterator[Answer]:
-    """The answers, each layer's progress told before its answer is given on."""
-    for answer in answers:
-        part = answer.request.part
-        fraction = part.last / part.shape[0] if part else 1.0
-        for name in answer.request.names:
-            progress(name, fraction)
-        yield answer
+    def _stream(
+        self, weights: Any, command: Command, progress: Progress | None, cancellation: Cancellation
+    ) -> Iterator[Placed]:
+        """Answer batches as they come, each with its place in the call."""
+        timeout_s = self._settings.timeout_s
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        with opened(weights) as held:
+            if self._servers is None:
+                yield from in_process.answers(held, command, deadline, progress, cancellation)
+                return
+            call = Call(command, deadline, progress, cancellation)
+            if not isinstance(held, Mapping):
+                yield from self._servers.answers(reslice(as_batches(held), command), call, 0)
+                return
+            # One stream has one dtype. Names, not tensors, wait for their turn: a mapping may load lazily.
+            waiting: dict[str, list[str]] = {}
+            everything = (as_layer(name, tensor) for name, tensor in held.items())
+            yield from self._servers.answers(pack(by_dtype(everything, waiting), command), call, 0)
+            for i, (dtype, names) in enumerate(waiting.items(), 1):
+                layers = (as_layer(name, held[name]) for name in names)
+                yield from self._servers.answers(pack(by_dtype(layers, {}, dtype), command), call, i)
 
 
 def _in_order(batches: list[pa.RecordBatch], names: list[str]) -> list[pa.RecordBatch]:

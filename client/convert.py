@@ -1,186 +1,146 @@
-"""A safetensors checkpoint in, its quantized twin out: which tensors, in which layout, at what cost."""
+"""A model in, its quantized twin out: source, recipe and sink put together, at what cost."""
 
 from __future__ import annotations
 
-import json
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
-from flightquant.client import compressed
-from flightquant.client.safetensors import FLOATS, SafetensorsFile, SafetensorsWriter
-from flightquant.errors import InvalidRequestError, LayerError
-from flightquant.layers import Layer, layer_class
-from flightquant.spec import Command, LayerSpec
+from flightquant.client.recipes import Plan, Recipe, make_plan
+from flightquant.client.sinks import LayerResult, open_sink, target_of
+from flightquant.client.sources import Source
+from flightquant.layers import Layer
+from flightquant.spec import Command
 
-KEPT_PATTERNS = ("*embed*", "*norm*", "*lm_head*", "*.wte.*", "*.wpe.*", "*.ln_*", "*.mlp.gate.*", "*.router.*")
-"""Weights that stay as they are unless asked for, compared without regard to case: embeddings and norms are no linear
-layers, and the output layer and the routers of expert models lose the most."""
-
-Quantize = Callable[[Mapping[str, Layer]], Iterator[pa.RecordBatch]]
-"""Answer batches for layers, from a server or in-process."""
+MAX_WRITES = 2
+"""Answers that may wait to be written while the next is computed."""
 
 
-@dataclass(frozen=True, slots=True)
-class LayerResult:
-    """One quantized layer: its size before and after, its error and its cost."""
+class Selection(Mapping[str, Layer]):
+    """Some layers of a source: a mapping that loads each when asked for, and gives its memory up after it."""
 
-    name: str
-    weights: int
-    bytes_in: int
-    bytes_out: int
-    sqnr_db: float
-    cosine: float
-    max_abs_error: float
-    kernel_ns: int
-    bytes_copied: int
+    def __init__(self, source: Source, names: Collection[str]) -> None:
+        self.source = source
+        self._names = dict.fromkeys(name for name in source.tensors if name in names)
 
-    @property
-    def layer_class(self) -> str:
-        """The name with its numbers replaced."""
-        return layer_class(self.name)
+    def __getitem__(self, name: str) -> Layer:
+        return self.source[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def items(self) -> Any:
+        """Names and layers, in the source's order."""
+        return ((layer.name, layer) for layer in self.source.layers(self._names))
+
+
+Quantize = Callable[[Selection, Command], Iterator[pa.RecordBatch]]
+"""Answer batches for layers by one command, in any order, from a server or in-process."""
 
 
 @dataclass(slots=True)
 class Conversion:
-    """What became of a checkpoint.
+    """What became of a model.
 
     Attributes
     ----------
     layers : list of LayerResult
+        Those of an earlier call that was gone on with, too.
     kept : dict of str to str
         Tensors that stay as they are, each with the reason.
     kept_bytes : int
+    resumed : int
+        Layers that an earlier call had written.
     seconds : float
-        From the first weight to the file in its place.
-    file_bytes_in, file_bytes_out : int
-        Sizes of the two files.
+        From the first weight to the output in its place.
+    bytes_in, bytes_out : int
+        Sizes of all tensors of the source, and of the output.
     """
 
+    target: str
     layers: list[LayerResult] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     kept_bytes: int = 0
+    resumed: int = 0
     seconds: float = 0.0
-    file_bytes_in: int = 0
-    file_bytes_out: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
 
 
-def select(file: SafetensorsFile, spec: LayerSpec, keep: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
-    """The tensors to quantize, and those to keep with the reason.
-
-    Parameters
-    ----------
-    keep : sequence of str
-        Shell patterns of names that are kept beside :data:`KEPT_PATTERNS`.
+def plan_of(source: Source, output: str | os.PathLike[str], recipe: Recipe) -> Plan:
+    """What a conversion would do.
 
     Raises
     ------
     InvalidRequestError
-        A pattern fits no tensor: most likely it is misspelt, and the layer would be quantized in silence.
+        The recipe does not fit the source or the output.
     """
-    for pattern in keep:
-        if not any(_fits(name, pattern) for name in file.tensors):
-            raise InvalidRequestError(f'no tensor fits --keep "{pattern}"', field="keep", got=pattern)
-    chosen: list[str] = []
-    kept: dict[str, str] = {}
-    for name in file.tensors:
-        reason = _reason_to_keep(file, name, spec, keep)
-        if reason is None:
-            chosen.append(name)
-        else:
-            kept[name] = reason
-    return chosen, kept
-
-
-def _fits(name: str, pattern: str) -> bool:
-    lower = pattern.lower()
-    return fnmatchcase(name.lower(), lower) or fnmatchcase(compressed.module_of(name).lower(), lower)
-
-
-def _reason_to_keep(file: SafetensorsFile, name: str, spec: LayerSpec, keep: Sequence[str]) -> str | None:
-    info = file.tensors[name]
-    if not name.endswith(".weight"):
-        return "not named *.weight"
-    if info.dtype not in FLOATS:
-        return f"dtype {info.dtype}"
-    if len(info.shape) != 2 or 0 in info.shape:
-        return f"shape {list(info.shape)}"
-    for pattern in keep:
-        if _fits(name, pattern):
-            return f"--keep {pattern}"
-    for pattern in KEPT_PATTERNS:
-        if _fits(f".{name}", pattern):
-            return f"kept by default ({pattern})"
-    if spec.group_size and info.shape[1] % spec.group_size:
-        return f"group size {spec.group_size} does not divide {info.shape[1]} columns"
-    return None
+    return make_plan(source, recipe, target_of(output, recipe))
 
 
 def convert(
-    source: SafetensorsFile, target: str | Path, command: Command, quantize: Quantize, keep: Sequence[str] = ()
+    source: Source,
+    output: str | os.PathLike[str],
+    recipe: Recipe,
+    quantize: Quantize,
+    *,
+    resume: bool = False,
+    already: Callable[[str], None] | None = None,
 ) -> Conversion:
-    """Write the quantized twin of a checkpoint; nothing is left at ``target`` unless all of it is.
+    """Write the quantized twin of a model; nothing is left at ``output`` unless all of it is.
 
     Parameters
     ----------
     quantize : callable
-        Given the layers, their answer batches in any order: :meth:`QuantClient.stream` or the local call.
+        Given layers and their command, answer batches: :meth:`QuantClient.stream` or the local call.
+    resume : bool
+        Go on with what an earlier call that was cut off has written; the output is the same, byte for byte.
+    already : callable, optional
+        Told the name of each layer that the earlier call had written.
 
     Raises
     ------
     InvalidRequestError
-        The scheme has no place in a safetensors file, nothing in the file can be quantized, or it is quantized already.
+        The recipe does not fit the source or the output.
     LayerError
         A layer cannot be quantized, by a NaN for instance.
+    OSError
+        The output cannot be written.
     """
-    spec = command.layer_spec()
-    compressed.check_scheme(spec)
-    if compressed.CONFIG_KEY in source.metadata:
-        raise InvalidRequestError(f"{source.path.name} is quantized already", field="model")
-    chosen, kept = select(source, spec, keep)
-    if not chosen:
-        raise InvalidRequestError(
-            f"{source.path.name} has no tensor to quantize; expected two-dimensional float tensors named *.weight",
-            field="model",
-        )
-    tensors = {name: (info.dtype, info.shape) for name, info in source.tensors.items() if name in kept}
-    for name in chosen:
-        info = source.tensors[name]
-        tensors |= compressed.entries(name, info.shape, FLOATS[info.dtype], spec)
-    ignored = [
-        compressed.module_of(name) for name in kept if len(source.tensors[name].shape) == 2 and name.endswith(".weight")
-    ]
-    config = json.dumps(compressed.configuration(spec, ignored))
-    metadata = {"format": "pt", **source.metadata, compressed.CONFIG_KEY: config}
+    plan = plan_of(source, output, recipe)
     started = time.perf_counter()
-    result = Conversion(kept=kept, kept_bytes=sum(source.tensors[name].nbytes for name in kept))
-    with SafetensorsWriter(target, tensors, metadata) as writer:
-        for name in kept:
-            writer.write(name, source.data(name))
-        for batch in quantize({name: source.layer(name) for name in chosen}):
-            result.layers += _write_answers(batch, spec, writer)
-    result.seconds = time.perf_counter() - started
-    result.file_bytes_in = source.path.stat().st_size
-    result.file_bytes_out = writer.nbytes
-    return result
-
-
-def _write_answers(batch: pa.RecordBatch, spec: LayerSpec, writer: SafetensorsWriter) -> Iterator[LayerResult]:
-    for row in range(batch.num_rows):
-        cells = {name: batch.column(name)[row].as_py() for name in (*_COPIED, "layer_name", "status", "error", "shape")}
-        name, status = cells.pop("layer_name"), cells.pop("status")
-        error, shape = cells.pop("error"), cells.pop("shape")
-        if status != "ok":
-            raise LayerError(status, f'layer "{name}" cannot be quantized: {error}; --keep "{name}" leaves it as it is')
-        bytes_out = 0
-        for tensor, data in compressed.contents(batch, row, spec).items():
-            writer.write(tensor, data)
-            bytes_out += memoryview(data).nbytes
-        yield LayerResult(name=name, weights=shape[0] * shape[1], bytes_out=bytes_out, **cells)
-
-
-_COPIED = ("bytes_in", "sqnr_db", "cosine", "max_abs_error", "kernel_ns", "bytes_copied")
+    with open_sink(output, plan, source, resume=resume) as sink:
+        before = set(sink.done)
+        for tensor in source.read([name for name in sink.kept if name not in before]):
+            sink.keep(tensor)
+        if already is not None:
+            for name in plan.commands.keys() & before:
+                already(name)
+        waiting = [name for name in plan.commands if name not in before]
+        with ThreadPoolExecutor(1, "flightquant-sink") as writer:
+            pending: list[Future[Any]] = []
+            for command, names in plan.groups(waiting).items():
+                for batch in quantize(Selection(source, names), command):
+                    pending.append(writer.submit(sink.write, batch))
+                    while len(pending) > MAX_WRITES:
+                        pending.pop(0).result()
+            for each in pending:
+                each.result()
+    return Conversion(
+        target=plan.target,
+        layers=sink.results,
+        kept=plan.kept,
+        kept_bytes=sum(source.tensors[name].nbytes for name in plan.kept),
+        resumed=len(before & plan.commands.keys()),
+        seconds=time.perf_counter() - started,
+        bytes_in=sum(meta.nbytes for meta in source.tensors.values()),
+        bytes_out=sink.nbytes,
+    )

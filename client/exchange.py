@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections import deque
 from collections.abc import Iterator
-from queue import SimpleQueue
-from threading import Condition, Thread
+from queue import Empty, SimpleQueue
+from threading import Condition, Lock, Thread
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.flight as flight
 
 from flightquant.client.batching import Request
@@ -37,9 +39,13 @@ from flightquant.wire import CONTRACT_VERSION, EndMessage
 _BROKEN = (flight.FlightError, pa.ArrowException, OSError)
 """What Flight raises for a stream that is broken, refused or ended by the other side."""
 JOIN_SECONDS = 10.0
-"""How long an ended call waits for its threads."""
+"""How long a call that ended well waits for its threads."""
+CANCELLED_SECONDS = 1.0
+"""How long a call that failed waits for them: a write into a network that is gone ends with the connection."""
 BLOCKED_SECONDS = 0.5
 """How long it waits for a writer that waits for the caller's own iterator, which nothing here can wake."""
+STALL_SECONDS = 120.0
+"""How long a request may wait for its answer before the connection counts as lost: packets may vanish in silence."""
 
 
 class Window:
@@ -85,6 +91,11 @@ class Window:
 class Exchange:
     """One call: iterate over it once for its answers, in the order of the requests.
 
+    Parameters
+    ----------
+    stall_s : float
+        Seconds without an answer, while one is due, after which the server counts as lost.
+
     Raises
     ------
     StreamCutError
@@ -100,7 +111,9 @@ class Exchange:
         options: flight.FlightCallOptions,
         requests: Iterator[Request],
         window: Window,
+        stall_s: float = STALL_SECONDS,
     ) -> None:
+        self._stall_s = stall_s
         self._client = client
         self._command = command
         self._options = options
@@ -112,7 +125,10 @@ class Exchange:
         self._batches = 0
         self._all_sent = False
         self._pulling = False
+        self._heard = 0.0
         self._write_error: BaseException | None = None
+        self._ending = Lock()
+        self._cancelled = False
         self.end: EndMessage | None = None
 
     def __iter__(self) -> Iterator[Answer]:
@@ -132,7 +148,7 @@ class Exchange:
         try:
             for thread in threads:
                 thread.start()
-            while (event := self._events.get()) is not None:
+            while (event := self._next_event()) is not None:
                 if isinstance(event, BaseException):
                     raise event
                 self._window.leave(event.request.nbytes)
@@ -141,12 +157,30 @@ class Exchange:
         finally:
             self._window.close()
             if not ended:
-                reader.cancel()
+                self._cancel(reader)
+            patience_s = JOIN_SECONDS if ended else CANCELLED_SECONDS
             for thread in threads:
-                thread.join(BLOCKED_SECONDS if self._pulling else JOIN_SECONDS)
+                thread.join(BLOCKED_SECONDS if self._pulling else patience_s)
             if not any(thread.is_alive() for thread in threads):
                 with contextlib.suppress(*_BROKEN):
                     writer.close()
+
+    def cancel(self, error: BaseException) -> None:
+        """End the call from another thread: ``error`` is raised where it is iterated over."""
+        self._events.put(error)
+
+    def _next_event(self) -> Answer | BaseException | None:
+        left = self._stall_s
+        while True:
+            try:
+                return self._events.get(timeout=left)
+            except Empty:
+                # While the caller's own iterator gives nothing, nothing is due; after it, the end message is.
+                due = bool(self._sent) or self._all_sent
+                silent = time.monotonic() - self._heard if due else 0.0
+                if silent >= self._stall_s:
+                    return UnavailableError(f"the server was lost: no answer for {self._stall_s:g} s")
+                left = self._stall_s - silent
 
     def _write(self, writer: flight.FlightStreamWriter, first: Request) -> None:
         schema = first.batch.schema
@@ -159,6 +193,8 @@ class Exchange:
                     )
                 if not self._window.enter(request.nbytes):
                     return
+                if not self._sent:
+                    self._heard = time.monotonic()
                 self._sent.append(request)
                 self._rows += request.batch.num_rows
                 self._batches += 1
@@ -167,9 +203,9 @@ class Exchange:
                 self._pulling = True
                 request = next(self._requests, None)
                 self._pulling = False
+            self._heard = time.monotonic()
             self._all_sent = True
-            with contextlib.suppress(*_BROKEN):
-                writer.done_writing()
+            self._end_writing(writer)
         except BaseException as error:  # the caller's own iterator: its error is raised in the caller's thread
             self._events.put(error)
 
@@ -181,10 +217,22 @@ class Exchange:
             writer.write_batch(request.batch)
         except _BROKEN as error:
             self._write_error = error
-            with contextlib.suppress(*_BROKEN):
-                writer.done_writing()
+            self._end_writing(writer)
             return False
         return True
+
+    def _end_writing(self, writer: flight.FlightStreamWriter) -> None:
+        with self._ending, contextlib.suppress(*_BROKEN):
+            if not self._cancelled:
+                writer.done_writing()
+
+    def _cancel(self, reader: flight.FlightStreamReader) -> None:
+        """Cancel the stream, but not while its writing is being ended: Flight aborts the process if both meet."""
+        held = self._ending.acquire(timeout=BLOCKED_SECONDS)
+        self._cancelled = True
+        reader.cancel()
+        if held:
+            self._ending.release()
 
     def _read(self, reader: flight.FlightStreamReader) -> None:
         try:
@@ -204,6 +252,7 @@ class Exchange:
             self._events.put(error)
 
     def _take(self, chunk: Any) -> None:
+        self._heard = time.monotonic()
         if self.end is not None:
             raise StreamCutError("the server went on after its end message")
         if chunk.data is None:
@@ -225,6 +274,8 @@ class Exchange:
             raise InternalError(
                 f"the server answers by contract {contract}; this client knows {CONTRACT_VERSION}", got=contract
             )
+        if not _answers_it(chunk.data, request.batch):
+            raise StreamCutError(f"the server answered other layers than {request.names[:3]}")
         self._events.put(Answer(request, chunk.data, read_sums(chunk.app_metadata, chunk.data.num_rows)))
 
     def _check_end(self) -> None:
@@ -237,6 +288,19 @@ class Exchange:
                 got=self.end.rows,
                 expected=self._rows,
             ) from self._write_error
+
+
+def _answers_it(answer: pa.RecordBatch, request: pa.RecordBatch) -> bool:
+    """Whether the answer is this request's: Flight can lose a message and go on with the next."""
+    return all(
+        _plain(answer.column(name)).equals(_plain(request.column(name)))
+        for name in ("layer_name", "row_offset")
+        if name in request.schema.names
+    )
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    return column if column.type == pa.int64() else pc.fill_null(column.cast(pa.utf8()), "")
 
 
 def our_error(error: BaseException) -> FlightquantError:

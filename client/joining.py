@@ -14,7 +14,9 @@ import pyarrow as pa
 
 from flightquant.client.batching import Request
 from flightquant.errors import TooLargeError
+from flightquant.reference import matrix_shape, packings
 from flightquant.reference.quality import columns
+from flightquant.spec import TRANSPOSED, Command
 from flightquant.wire import QUALITY_SUMS
 
 MAX_CELL_BYTES = (1 << 31) - 1
@@ -78,8 +80,9 @@ class _Parts:
         }
         if bad is None:
             if not part.one_scale:
-                changed |= {name: _joined_lists(batches, name) for name in ("scales", "zero_points")}
-            packed = b"".join(batch.column("quantized_data")[0].as_buffer() for batch in batches)
+                changed["scales"] = _joined_lists(batches, "scales", shared=int(part.whole_scale))
+                changed["zero_points"] = _joined_lists(batches, "zero_points")
+            packed = self._packed(batches)
             _check_size(base, len(packed))
             offsets = pa.array([0, len(packed)], pa.int32()).buffers()[1]
             floats = [changed.get(name, base.column(name)) for name in ("scales", "zero_points")]
@@ -93,6 +96,16 @@ class _Parts:
             changed[name] = pa.array([total], pa.int64())
         arrays = [changed.get(name, base.column(name)) for name in base.schema.names]
         return pa.RecordBatch.from_arrays(arrays, schema=base.schema)
+
+    def _packed(self, batches: list[pa.RecordBatch]) -> bytes:
+        """The bytes of the whole layer."""
+        parts = [batch.column("quantized_data")[0].as_buffer() for batch in batches]
+        base = batches[0]
+        if base.column("packing")[0].as_py() not in TRANSPOSED:
+            return b"".join(parts)
+        spec = Command.build(scheme=base.column("scheme")[0].as_py(), packing=base.column("packing")[0].as_py())
+        shapes = [matrix_shape(tuple(batch.column("shape")[0].as_py())) for batch in batches]
+        return packings.join(parts, [rows for rows, _ in shapes], spec.layer_spec(), shapes[0][1])
 
     def _error(self, bad: int) -> str | None:
         """A bad part's sentence, an index in it counted from the layer's beginning."""
@@ -133,11 +146,12 @@ def _length(column: pa.Array) -> int:
     return len(column[0]) if column[0].is_valid else 0
 
 
-def _joined_lists(batches: list[pa.RecordBatch], name: str) -> pa.Array:
-    """One list of all the parts' values; null where they have none."""
+def _joined_lists(batches: list[pa.RecordBatch], name: str, shared: int = 0) -> pa.Array:
+    """One list of all the parts' values, but for so many at their ends that all share; null where they have none."""
     rows = [batch.column(name)[0] for batch in batches]
     kind = batches[0].schema.field(name).type
     if not rows[0].is_valid:
         return pa.nulls(1, kind)
-    values = np.concatenate([row.values.to_numpy(zero_copy_only=True) for row in rows])
+    parts = [row.values.to_numpy(zero_copy_only=True) for row in rows]
+    values = np.concatenate([*(part[: part.size - shared] for part in parts), parts[0][parts[0].size - shared :]])
     return pa.ListArray.from_arrays(pa.array([0, values.size], pa.int32()), pa.array(values), type=kind)

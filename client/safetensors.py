@@ -1,4 +1,4 @@
-"""Safetensors files: a strict reader over a memory map, and a writer that streams and never leaves half a file.
+"""Safetensors files: a strict reader over a memory map, and the header of a file to be written.
 
 The format is an 8-byte little-endian header length, a JSON header that maps names to dtype, shape and byte range, and
 the tensors' bytes. The header comes from wherever the file does, so nothing in it is believed: ranges must lie in the
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -54,7 +53,7 @@ _BITS = {
 }
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 """The dtypes that can be quantized, as this package names them."""
-_STORAGE = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "I8": "|i1", "I32": "<i4", "I64": "<i8"}
+STORAGE = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "I8": "|i1", "I32": "<i4", "I64": "<i8"}
 
 
 class SafetensorsError(InvalidRequestError):
@@ -115,12 +114,7 @@ class SafetensorsFile:
         self.path = Path(path)
         with self.path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            header = _read_header(file, size)
-            self._start = 8 + len(header)
-            try:
-                self.tensors, self.metadata = _parse_header(header, size - self._start)
-            except SafetensorsError as error:
-                raise SafetensorsError(f"{self.path.name} is no good safetensors file: {error}") from None
+            self._start, self.tensors, self.metadata = read_header(file, size, self.path.name)
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def __enter__(self) -> Self:
@@ -140,6 +134,12 @@ class SafetensorsFile:
         info = self.tensors[name]
         return memoryview(self._map)[self._start + info.begin : self._start + info.end]
 
+    def release(self, name: str, first: int = 0, last: int | None = None) -> None:
+        """Give back the pages of a tensor's bytes from ``first`` to ``last``."""
+        info = self.tensors[name]
+        begin = self._start + info.begin
+        give_back(self._map, begin + first, self._start + info.end if last is None else begin + last)
+
     def array(self, name: str) -> npt.NDArray[Any]:
         """A tensor as a read-only array of its shape; bfloat16 as uint16.
 
@@ -149,9 +149,9 @@ class SafetensorsFile:
             NumPy has no such dtype.
         """
         info = self.tensors[name]
-        if info.dtype not in _STORAGE:
-            raise SafetensorsError(f'tensor "{name}" has dtype {info.dtype}; expected {", ".join(_STORAGE)}')
-        return np.frombuffer(self.data(name), _STORAGE[info.dtype]).reshape(info.shape)
+        if info.dtype not in STORAGE:
+            raise SafetensorsError(f'tensor "{name}" has dtype {info.dtype}; expected {", ".join(STORAGE)}')
+        return np.frombuffer(self.data(name), STORAGE[info.dtype]).reshape(info.shape)
 
     def layer(self, name: str) -> Layer:
         """A float tensor, ready to be quantized, sharing the map's memory.
@@ -167,17 +167,45 @@ class SafetensorsFile:
         return Layer(name, info.shape, FLOATS[info.dtype], self.array(name).reshape(-1))
 
 
-def _read_header(file: BinaryIO, size: int) -> bytes:
+def give_back(mapped: mmap.mmap, first: int, last: int) -> None:
+    """Let the system take pages of a file's map from this process; who looks at them again gets them again."""
+    page = mmap.PAGESIZE
+    begin, end = -(-first // page) * page, last // page * page
+    if end > begin:
+        mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
+def read_header(file: BinaryIO, size: int, name: str) -> tuple[int, dict[str, TensorInfo], dict[str, str]]:
+    """Where the data begins, the tensors in the order of their bytes, and the metadata.
+
+    Parameters
+    ----------
+    file : binary file
+        At its beginning.
+    size : int
+        Bytes of the file.
+    name : str
+        What messages call it.
+
+    Raises
+    ------
+    SafetensorsError
+        The header is not what the format says.
+    """
     prefix = file.read(8)
     if len(prefix) < 8:
-        raise SafetensorsError(f"{Path(file.name).name} has {size} bytes; a safetensors file has at least 8")
+        raise SafetensorsError(f"{name} has {size} bytes; a safetensors file has at least 8")
     length = int.from_bytes(prefix, "little")
     limit = min(MAX_HEADER_BYTES, size - 8)
     if not 2 <= length <= limit:
         raise SafetensorsError(
-            f"{Path(file.name).name} is no safetensors file: its header would have {length} bytes, of {limit} possible"
+            f"{name} is no safetensors file: its header would have {length} bytes, of {limit} possible"
         )
-    return file.read(length)
+    start = 8 + length
+    try:
+        return start, *_parse_header(file.read(length), size - start)
+    except SafetensorsError as error:
+        raise SafetensorsError(f"{name} is no good safetensors file: {error}") from None
 
 
 def _parse_header(raw: bytes, data_bytes: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -228,101 +256,33 @@ def _parse_tensor(name: str, entry: Any) -> TensorInfo:
     return info
 
 
-class SafetensorsWriter:
-    """Writes the tensors that were announced, in any order, and puts the file in its place when all are there.
+def file_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, TensorInfo]]:
+    """The beginning of a file up to its data, and where each tensor stands, counted from the file's beginning.
 
     Parameters
     ----------
     tensors : mapping of str to (dtype, shape)
-        All that will be written; wide dtypes are laid first, so that each is aligned to its own size.
+        Wide dtypes are laid first, so that each is aligned to its own size.
     metadata : mapping of str to str
 
-    Notes
-    -----
-    A ``with`` block that ends by an error leaves no file, and what stood at ``path`` before stays as it was.
+    Raises
+    ------
+    SafetensorsError
+        A dtype that the format does not have.
     """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        tensors: Mapping[str, tuple[str, tuple[int, ...]]],
-        metadata: Mapping[str, str],
-    ) -> None:
-        self.path = Path(path)
-        self._infos = dict(_laid_out(tensors))
-        self._missing = set(self._infos)
-        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-        for name, info in self._infos.items():
-            header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [info.begin, info.end]}
-        raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % _ALIGNMENT)
-        self._start = 8 + len(raw)
-        self.nbytes = self._start + max((info.end for info in self._infos.values()), default=0)
-        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            self._file = self._temporary.open("xb")
-        except OSError as error:
-            # The caller knows only the name that was asked for.
-            raise type(error)(error.errno, error.strerror, str(self.path)) from None
-        try:
-            self._file.write(len(raw).to_bytes(8, "little") + raw)
-        except BaseException:
-            self.abort()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()
-
-    def write(self, name: str, data: Any) -> None:
-        """Write one tensor's bytes: any object with a contiguous buffer of just its size.
-
-        Raises
-        ------
-        ValueError
-            It was not announced, was written before, or has another size.
-        """
-        if name not in self._missing:
-            raise ValueError(f'tensor "{name}" is not expected, or was written before')
-        view = memoryview(data).cast("B") if memoryview(data).nbytes else memoryview(b"")
-        info = self._infos[name]
-        if view.nbytes != info.nbytes:
-            raise ValueError(f'tensor "{name}" has {view.nbytes} bytes; expected {info.nbytes}')
-        self._file.seek(self._start + info.begin)
-        self._file.write(view)
-        self._missing.remove(name)
-
-    def close(self) -> None:
-        """Put the whole file in its place.
-
-        Raises
-        ------
-        ValueError
-            A tensor is missing; then no file is left.
-        """
-        if self._missing:
-            self.abort()
-            raise ValueError(f"{len(self._missing)} tensors are missing, such as {min(self._missing)!r}")
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._temporary.replace(self.path)
-        except BaseException:
-            self.abort()
-            raise
-
-    def abort(self) -> None:
-        """Leave no file."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+    infos = dict(_laid_out(tensors))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, info in infos.items():
+        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [info.begin, info.end]}
+    raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % _ALIGNMENT)
+    start = 8 + len(raw)
+    placed = {
+        name: TensorInfo(info.dtype, info.shape, start + info.begin, start + info.end) for name, info in infos.items()
+    }
+    return len(raw).to_bytes(8, "little") + raw, placed
 
 
 def _laid_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[tuple[str, TensorInfo]]:

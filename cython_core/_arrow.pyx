@@ -46,6 +46,7 @@ cdef extern from *:
         ArrowArray *dictionary
 
 
+cdef int64_t MOST_WEIGHTS = (<int64_t>1) << 48
 cdef dict VALUE_BYTES = {b"f": 4, b"e": 2, b"g": 8, b"S": 2, b"w:2": 2, b"l": 8}
 
 
@@ -166,7 +167,7 @@ def read_shapes(ListColumn column, const int64_t[::1] lengths, int max_dims, int
     column : ListColumn of int64
         One shape for each row.
     lengths : int64 array of shape (rows,)
-        Weights that each row really has.
+        Weights that each row really has, or -1 where its shape alone says how many.
     max_dims : int
         Most axes of a tensor.
     matrix : int64 array of shape (rows, 2), written
@@ -177,9 +178,10 @@ def read_shapes(ListColumn column, const int64_t[::1] lengths, int max_dims, int
     cdef const char *values = <const char *>column.address
     cdef int64_t extent = 0, last, product, limit
     cdef Py_ssize_t i, k
-    cdef bint good, empty
+    cdef bint good, empty, free
     for i in range(lengths.shape[0]):
-        product, last, limit = 1, 1, lengths[i]
+        free = lengths[i] < 0
+        product, last, limit = 1, 1, MOST_WEIGHTS if free else lengths[i]
         good, empty = offsets[i + 1] - offsets[i] <= max_dims, False
         if good:
             for k in range(offsets[i], offsets[i + 1]):
@@ -192,9 +194,9 @@ def read_shapes(ListColumn column, const int64_t[::1] lengths, int max_dims, int
                 elif limit > 0:
                     product *= extent
                     last = extent
-        if good and limit == 0 and empty:
+        if good and empty and (free or limit == 0):
             matrix[i, 0], matrix[i, 1] = 0, 0
-        elif good and not empty and product == limit:
+        elif good and not empty and (free or product == limit):
             matrix[i, 0], matrix[i, 1] = product // last, last
         else:
             matrix[i, 0], matrix[i, 1] = -1, -1

@@ -8,6 +8,7 @@ cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdlib cimport free
 from libc.stdint cimport uintptr_t
+from libc.string cimport memmove
 
 cdef extern from *:
     """
@@ -30,8 +31,8 @@ cdef extern from *:
 
 MIN_BYTES = 1 << 20
 """Smaller outputs are not worth it: Arrow's own pool keeps such memory."""
-MAX_KEPT_BYTES = 64 << 20
-"""Most memory that the store keeps while nobody uses it."""
+MAX_KEPT_BYTES = 128 << 20
+"""Most memory that the store keeps while nobody uses it: what was used last."""
 
 cdef enum:
     SLOTS = 64
@@ -49,7 +50,6 @@ cdef cython.pymutex store
 
 cdef Block take(size_t nbytes) noexcept:
     """The smallest kept block that fits without wasting half of itself, or none."""
-    global kept_count, kept_bytes
     cdef Block found
     cdef size_t i, best = SLOTS
     found.data, found.nbytes = NULL, 0
@@ -59,23 +59,36 @@ cdef Block take(size_t nbytes) noexcept:
                 best = i
         if best < SLOTS:
             found = kept[best]
-            kept_count -= 1
-            kept[best] = kept[kept_count]
-            kept_bytes -= found.nbytes
+            remove(best)
     return found
 
 
-cdef void give_back(Block block) noexcept:
+cdef void remove(size_t i) noexcept:
+    """Take a block out of the store, which is in the order in which blocks came back."""
     global kept_count, kept_bytes
-    cdef bint keep = False
-    with store:
-        keep = kept_count < SLOTS and kept_bytes + block.nbytes <= most_kept
-        if keep:
-            kept[kept_count] = block
-            kept_count += 1
-            kept_bytes += block.nbytes
-    if not keep:
+    kept_bytes -= kept[i].nbytes
+    kept_count -= 1
+    memmove(&kept[i], &kept[i + 1], (kept_count - i) * sizeof(Block))
+
+
+cdef void give_back(Block block) noexcept:
+    """Keep a block in place of those that nobody has asked for the longest."""
+    global kept_count, kept_bytes
+    cdef Block unused[SLOTS]
+    cdef size_t i, count = 0
+    if block.nbytes > most_kept:
         free(block.data)
+        return
+    with store:
+        while kept_count == SLOTS or kept_bytes + block.nbytes > most_kept:
+            unused[count] = kept[0]
+            count += 1
+            remove(0)
+        kept[kept_count] = block
+        kept_count += 1
+        kept_bytes += block.nbytes
+    for i in range(count):
+        free(unused[i].data)
 
 
 def bytes_kept():

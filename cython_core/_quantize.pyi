@@ -6,11 +6,13 @@ from typing_extensions import disjoint_base
 
 DTYPES: dict[str, int]
 FAMILIES: dict[str, int]
+PACKINGS: dict[str, int]
 SPEC_FIELDS: tuple[str, ...]
 JOB_WIDTH: int
 
 def available_isas() -> list[str]: ...
 def active_isa() -> str: ...
+def pin_team(cpus: list[int]) -> None: ...
 def lay_out(
     specs: npt.NDArray[np.int64],
     spec_of_row: npt.NDArray[np.int64],
@@ -22,7 +24,7 @@ def lay_out(
     rows: npt.NDArray[np.int64],
     offsets: npt.NDArray[np.int64],
     bytes_out: npt.NDArray[np.int64],
-) -> int: ...
+) -> tuple[int, int]: ...
 def quality_columns(
     sums: npt.NDArray[np.float64],
     sqnr_db: npt.NDArray[np.float32],
@@ -36,6 +38,8 @@ class Plan:
     def tiles(self) -> int: ...
     @property
     def reduce_tiles(self) -> int: ...
+    @property
+    def repack_tiles(self) -> int: ...
     def __new__(
         cls,
         jobs: npt.NDArray[np.int64],
@@ -45,14 +49,17 @@ class Plan:
         data: int,
         scales: int,
         zeros: int,
+        scratch: int,
         owner: object,
     ) -> Self: ...
     def reduce(self, first: int, last: int, n_threads: int) -> None: ...
     def parameters(self) -> None: ...
     def quantize(self, first: int, last: int, n_threads: int) -> None: ...
+    def repack(self, first: int, last: int, n_threads: int) -> None: ...
     def finish(
         self,
         sums: npt.NDArray[np.float64],
         first_bad: npt.NDArray[np.int64],
+        unheld: npt.NDArray[np.int64],
         nanoseconds: npt.NDArray[np.int64],
     ) -> None: ...

@@ -4,8 +4,8 @@ A plan holds one job for each layer and cuts all of them into tiles, so that one
 fill the cores. The caller runs it slice by slice (``engine.py``), to look after deadlines and other callers in between.
 """
 
-from cython.parallel cimport prange
-from libc.math cimport INFINITY, NAN, log10, sqrt
+from cython.parallel cimport parallel, prange, threadid
+from libc.math cimport INFINITY, NAN, isnan, log10, sqrt
 from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -15,6 +15,13 @@ import os
 cdef extern from "fq.h" nogil:
     enum:
         FQ_TILE
+        FQ_EDGE
+        FQ_REPACK_ROWS
+    enum fq_packing:
+        FQ_AS_PACKED
+        FQ_GPTQ
+        FQ_GPTQ_V2
+        FQ_AWQ
     enum fq_dtype:
         FQ_F32
         FQ_F16
@@ -24,13 +31,33 @@ cdef extern from "fq.h" nogil:
         FQ_INTEGER
         FQ_Q8_0
         FQ_Q4_0
+        FQ_Q4_1
+        FQ_Q5_0
+        FQ_Q5_1
+        FQ_NF4
+        FQ_FP4
+        FQ_Q2_K
+        FQ_Q3_K
+        FQ_Q4_K
+        FQ_Q5_K
+        FQ_Q6_K
+        FQ_IQ4_NL
+        FQ_FP8_E4M3
+        FQ_FP8_E5M2
+        FQ_MXFP4
+        FQ_MXFP8
+        FQ_NVFP4
+        FQ_ARROWQUANT
+        FQ_MLX
     ctypedef struct fq_job:
         const void *weights
         uint8_t *data
         float *scales
         float *zeros
         int64_t n, unit, cols, row_bytes
-        int32_t family, dtype, arithmetic, scale_dtype, bits, symmetric, shared_scale, given_scales, measure
+        uint8_t *packed
+        int32_t packing
+        int32_t family, dtype, arithmetic, scale_dtype, bits, symmetric, shared_scale, in_blocks, given_scales, measure
     ctypedef struct fq_range:
         int32_t high, low
     ctypedef struct fq_result:
@@ -44,6 +71,7 @@ cdef extern from "fq.h" nogil:
         void (*parameters)(
             const fq_job *job, const fq_range *ranges, int64_t count, float *scales, float *zeros) noexcept nogil
         void (*quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) noexcept nogil
+        void (*repack)(const fq_job *job, int64_t row, int64_t end) noexcept nogil
     const fq_kernels *fq_find(const char *name)
     const char *fq_available(int i)
 
@@ -56,17 +84,45 @@ cdef extern from "<time.h>" nogil:
         CLOCK_MONOTONIC
     int clock_gettime(int clock, timespec *to)
 
+cdef extern from *:
+    """
+    #ifdef __linux__
+    #include <sched.h>
+    static void fq_pin(int place, const int *cpus) {
+      cpu_set_t mask;
+      CPU_ZERO(&mask);
+      CPU_SET(cpus[place], &mask);
+      (void)sched_setaffinity(0, sizeof mask, &mask);
+    }
+    #else
+    static void fq_pin(int place, const int *cpus) { (void)place, (void)cpus; }
+    #endif
+    """
+    void fq_pin(int place, const int *cpus) noexcept nogil
+
 DTYPES = {"float32": FQ_F32, "float16": FQ_F16, "bfloat16": FQ_BF16, "float64": FQ_F64}
-FAMILIES = {"int8": FQ_INTEGER, "int4": FQ_INTEGER, "q8_0": FQ_Q8_0, "q4_0": FQ_Q4_0}
+FAMILIES = {
+    **{f"int{bits}": FQ_INTEGER for bits in range(2, 9)},
+    "fp8_e4m3": FQ_FP8_E4M3, "fp8_e5m2": FQ_FP8_E5M2,
+    "q8_0": FQ_Q8_0, "q4_0": FQ_Q4_0, "q4_1": FQ_Q4_1, "q5_0": FQ_Q5_0, "q5_1": FQ_Q5_1,
+    "nf4": FQ_NF4, "fp4": FQ_FP4,
+    "q2_k": FQ_Q2_K, "q3_k": FQ_Q3_K, "q4_k": FQ_Q4_K, "q5_k": FQ_Q5_K, "q6_k": FQ_Q6_K, "iq4_nl": FQ_IQ4_NL,
+    "mxfp4": FQ_MXFP4, "mxfp8": FQ_MXFP8, "nvfp4": FQ_NVFP4,
+    "arrowquant": FQ_ARROWQUANT, "mlx": FQ_MLX,
+}
+
+PACKINGS = {"gptq": FQ_GPTQ, "gptq-v2": FQ_GPTQ_V2, "awq": FQ_AWQ}
+"""Layouts that packed integers are turned into at the end; all others are packed as they are made."""
 
 SPEC_FIELDS = (
     "family", "dtype", "arithmetic", "scale_dtype", "bits", "symmetric", "shared_scale", "group_size", "block_bytes",
+    "flat", "in_blocks", "stored_bits", "packing",
 )
 """Columns of the table of specs that ``lay_out`` takes; ``group_size`` 0 stands for a whole row."""
 
 cdef enum:  # columns of a job matrix
     WEIGHTS, DATA, SCALES, ZEROS, N, UNIT, COLS, ROW_BYTES, FAMILY, DTYPE, ARITHMETIC, SCALE_DTYPE, BITS, SYMMETRIC
-    SHARED_SCALE, DATA_BYTES, SCALE_COUNT, JOB_COLUMNS
+    SHARED_SCALE, IN_BLOCKS, DATA_BYTES, SCALE_COUNT, PACKING, SCRATCH, JOB_COLUMNS
 
 JOB_WIDTH = JOB_COLUMNS
 
@@ -93,7 +149,7 @@ def lay_out(
     starts, lengths : int64 array of shape (rows,)
         Address and number of the weights.
     matrix : int64 array of shape (rows, 2)
-        Rows and columns of each tensor; the columns are a multiple of the group size.
+        Rows and columns of each tensor; the columns are a multiple of the group size, except with a flat scheme.
     failed : uint8 array of shape (rows,)
     jobs : int64 array of shape (rows, JOB_WIDTH), written
         Of the jobs made; addresses of outputs are offsets in bytes, -1 for none.
@@ -106,11 +162,12 @@ def lay_out(
 
     Returns
     -------
-    int
-        Number of jobs.
+    tuple of int
+        Number of jobs, and bytes of memory for what is packed a second time.
     """
     cdef Py_ssize_t count = 0, i
-    cdef int64_t group_size, block_bytes, data, scales, zeros
+    cdef int64_t scratch = 0
+    cdef int64_t group_size, block_bytes, data, scales, zeros, unit
     cdef const int64_t[:] spec
     cdef int64_t[:] job
     offsets[0, 0] = offsets[1, 0] = offsets[2, 0] = 0
@@ -120,20 +177,32 @@ def lay_out(
             spec, job = specs[spec_of_row[i]], jobs[count]
             group_size, block_bytes = spec[7], spec[8]
             job[WEIGHTS], job[N], job[COLS] = starts[i], lengths[i], matrix[i, 1]
-            job[UNIT] = group_size if group_size else matrix[i, 1]
+            job[IN_BLOCKS] = spec[10]
+            # Units are whole vectors, two groups of 16 at a time: those of a row of an odd number join the next row's.
+            job[UNIT] = max(group_size, 32) if group_size else matrix[i, 1]
             job[FAMILY], job[DTYPE], job[ARITHMETIC], job[SCALE_DTYPE] = spec[0], spec[1], spec[2], spec[3]
             job[BITS], job[SYMMETRIC], job[SHARED_SCALE] = spec[4], spec[5], spec[6]
-            if block_bytes:
+            if spec[9]:
+                job[ROW_BYTES] = 0
+            elif block_bytes:
                 job[ROW_BYTES] = matrix[i, 1] // group_size * block_bytes
-            elif job[BITS] == 8:
+            elif spec[11] == 8:
                 job[ROW_BYTES] = matrix[i, 1]
             else:
-                job[ROW_BYTES] = (matrix[i, 1] * job[BITS] + 31) // 32 * 4
-            data = matrix[i, 0] * job[ROW_BYTES]
-            if not block_bytes:
-                scales = 1 if job[SHARED_SCALE] else lengths[i] // job[UNIT]
+                job[ROW_BYTES] = (matrix[i, 1] * spec[11] + 31) // 32 * 4
+            data = (lengths[i] * job[BITS] + 7) // 8 if spec[9] else matrix[i, 0] * job[ROW_BYTES]
+            if job[IN_BLOCKS]:
+                scales = (matrix[i, 0] + FQ_EDGE - 1) // FQ_EDGE * ((matrix[i, 1] + FQ_EDGE - 1) // FQ_EDGE)
+            elif not block_bytes:
+                unit = group_size if group_size else job[UNIT]
+                scales = 1 if job[SHARED_SCALE] else (lengths[i] + unit - 1) // unit
+                scales += job[FAMILY] == FQ_NVFP4
             if not job[SYMMETRIC]:
                 zeros = scales
+            job[PACKING], job[SCRATCH] = spec[12], scratch
+            if job[PACKING] != FQ_AS_PACKED:
+                scratch += data
+                data += scales * job[BITS] // 8
             job[DATA] = offsets[0, i]
             job[SCALES] = offsets[1, i] * 4 if scales else -1
             job[ZEROS] = offsets[2, i] * 4 if zeros else -1
@@ -144,7 +213,21 @@ def lay_out(
         offsets[1, i + 1] = offsets[1, i] + scales
         offsets[2, i + 1] = offsets[2, i] + zeros
         bytes_out[i] = data + 4 * (scales + zeros)
-    return count
+    return count, scratch
+
+
+def pin_team(cpus):
+    """Bind each thread of the calling thread's team to one of these CPUs.
+
+    A team that wakes for a few milliseconds at a time may be left on one CPU for as long: the scheduler looks for an
+    idle one only among those that share a cache.
+    """
+    cdef int[1024] places
+    cdef int count = min(len(cpus), 1024), i
+    for i in range(count):
+        places[i] = cpus[i]
+    with nogil, parallel(num_threads=count):
+        fq_pin(threadid(), places)
 
 
 def available_isas():
@@ -215,10 +298,13 @@ cdef class Plan:
 
     cdef readonly int64_t tiles
     cdef readonly int64_t reduce_tiles
+    cdef readonly int64_t repack_tiles
     cdef const fq_kernels *_kernels
     cdef fq_job *_jobs
     cdef Tile *_tiles
     cdef Tile *_reduce_tiles
+    cdef Tile *_repack_tiles
+    cdef int64_t *_repack_ns
     cdef fq_result *_results
     cdef fq_result *_reduced
     cdef const int64_t[:, ::1] _matrix
@@ -235,6 +321,7 @@ cdef class Plan:
         uintptr_t data,
         uintptr_t scales,
         uintptr_t zeros,
+        uintptr_t scratch,
         owner,
     ):
         """Plan the jobs of a matrix of shape (jobs, JOB_WIDTH), as ``lay_out`` makes it.
@@ -242,13 +329,14 @@ cdef class Plan:
         Parameters
         ----------
         given_amax : float32 array of shape (jobs,)
-            Magnitude to use in place of the largest one found, for symmetric jobs with one scale; NaN for none.
+            Magnitude to use in place of the largest one found, for symmetric jobs with one scale and for nvfp4; NaN for
+            none.
         isa : str
             One of ``available_isas()``.
         measure : bool
             Fill the quality sums.
-        data, scales, zeros : int
-            Addresses of the memory for packed bytes, scales and zero points.
+        data, scales, zeros, scratch : int
+            Addresses of the memory for packed bytes, scales, zero points and what is packed a second time.
         owner : object
             What holds all memory that the jobs name.
         """
@@ -266,20 +354,25 @@ cdef class Plan:
         self._owner = owner
         cdef int64_t i
         for i in range(self._n_jobs):
-            self._fill_job(i, measure, data, scales, zeros)
+            self._fill_job(i, measure, data, scales, zeros, scratch)
         self._cut_tiles()
 
-    cdef void _fill_job(self, int64_t i, bint measure, uintptr_t data, uintptr_t scales, uintptr_t zeros) noexcept:
+    cdef void _fill_job(
+        self, int64_t i, bint measure, uintptr_t data, uintptr_t scales, uintptr_t zeros, uintptr_t scratch
+    ) noexcept:
         cdef fq_job *job = &self._jobs[i]
         cdef const int64_t *row = &self._matrix[i, 0]
         job.weights = <const void *><uintptr_t>row[WEIGHTS]
         job.data = <uint8_t *>(data + <uintptr_t>row[DATA])
+        job.packing = row[PACKING]
+        if job.packing != FQ_AS_PACKED:
+            job.packed, job.data = job.data, <uint8_t *>(scratch + <uintptr_t>row[SCRATCH])
         job.scales = <float *>(scales + <uintptr_t>row[SCALES]) if row[SCALES] >= 0 else NULL
         job.zeros = <float *>(zeros + <uintptr_t>row[ZEROS]) if row[ZEROS] >= 0 else NULL
         job.n, job.unit, job.cols, job.row_bytes = row[N], row[UNIT], row[COLS], row[ROW_BYTES]
         job.family, job.dtype, job.arithmetic = row[FAMILY], row[DTYPE], row[ARITHMETIC]
         job.scale_dtype, job.bits, job.symmetric = row[SCALE_DTYPE], row[BITS], row[SYMMETRIC]
-        job.shared_scale, job.measure = row[SHARED_SCALE], measure
+        job.shared_scale, job.in_blocks, job.measure = row[SHARED_SCALE], row[IN_BLOCKS], measure
 
     cdef int _cut_tiles(self) except -1:
         cdef int64_t i, count = 0, reduced = 0
@@ -297,6 +390,15 @@ cdef class Plan:
             self.tiles += self._cut(i, self._tiles, self.tiles)
             if self._needs_reduce(i):
                 self.reduce_tiles += self._cut(i, self._reduce_tiles, self.reduce_tiles)
+        for i in range(self._n_jobs):
+            self.repack_tiles += self._cut_rows(i, NULL, 0)
+        self._repack_tiles = <Tile *>calloc(max(self.repack_tiles, 1), sizeof(Tile))
+        self._repack_ns = <int64_t *>calloc(max(self.repack_tiles, 1), sizeof(int64_t))
+        if self._repack_tiles == NULL or self._repack_ns == NULL:
+            raise MemoryError()
+        count = 0
+        for i in range(self._n_jobs):
+            count += self._cut_rows(i, self._repack_tiles, count)
         for i in range(self.tiles):
             self._results[i].first_bad = -1
         for i in range(self.reduce_tiles):
@@ -305,16 +407,25 @@ cdef class Plan:
 
     cdef bint _needs_reduce(self, int64_t i) noexcept:
         cdef const fq_job *job = &self._jobs[i]
-        return job.family == FQ_INTEGER and (job.shared_scale or job.unit > FQ_TILE)
+        if job.family == FQ_NVFP4:
+            return isnan(self._given_amax[i])
+        if job.in_blocks or job.family not in (FQ_INTEGER, FQ_FP8_E4M3, FQ_FP8_E5M2, FQ_ARROWQUANT):
+            return False
+        return job.shared_scale or job.unit > FQ_TILE
 
     cdef int64_t _cut(self, int64_t i, Tile *to, int64_t at) noexcept:
-        """Count a job's tiles, and write them from index ``at`` on if ``to`` is given: whole units, or parts of one."""
+        """Count a job's tiles, and write them from index ``at`` on if ``to`` is given.
+
+        They are whole units, or parts of one; of a job with blocks, strips of whole rows.
+        """
         cdef const fq_job *job = &self._jobs[i]
         cdef int64_t begin = 0, end, count = 0
         cdef int64_t step = FQ_TILE // job.unit * job.unit if job.unit <= FQ_TILE else FQ_TILE
+        if job.in_blocks:
+            step = FQ_EDGE * job.cols
         while begin < job.n:
             end = begin + step
-            if job.unit > FQ_TILE:
+            if job.unit > FQ_TILE and not job.in_blocks:
                 end = min(end, begin - begin % job.unit + job.unit)
             end = min(end, job.n)
             if to != NULL:
@@ -323,12 +434,28 @@ cdef class Plan:
             begin = end
         return count
 
+    cdef int64_t _cut_rows(self, int64_t i, Tile *to, int64_t at) noexcept:
+        """The same of a job that is packed a second time, in rows."""
+        cdef const fq_job *job = &self._jobs[i]
+        cdef int64_t begin = 0, count = 0, rows = job.n // job.cols
+        if job.packing == FQ_AS_PACKED:
+            return 0
+        while begin < rows:
+            if to != NULL:
+                to[at + count].job, to[at + count].begin = i, begin
+                to[at + count].end = min(begin + FQ_REPACK_ROWS, rows)
+            count += 1
+            begin += FQ_REPACK_ROWS
+        return count
+
     def __dealloc__(self):
         free(self._jobs)
         free(self._tiles)
         free(self._results)
         free(self._reduce_tiles)
         free(self._reduced)
+        free(self._repack_tiles)
+        free(self._repack_ns)
 
     def reduce(self, int64_t first, int64_t last, int n_threads):
         """Ranges of the tiles from ``first`` up to ``last`` of those whose scale covers more than one tile."""
@@ -346,27 +473,31 @@ cdef class Plan:
         self._reduced[i].nanoseconds = now() - start
 
     def parameters(self):
-        """Scales and zero points of the reduced jobs, from the ranges of their tiles."""
+        """Scales and zero points of the reduced jobs, from the ranges of their tiles; the whole tensor's of nvfp4."""
         cdef int64_t i = 0, j, unit
         cdef float given
-        cdef bint elsewhere
+        cdef bint elsewhere, whole
         cdef fq_job *job
         cdef fq_range range_
         cdef fq_result *found
         while i < self.reduce_tiles:
             j = self._reduce_tiles[i].job
             job = &self._jobs[j]
-            unit = 0 if job.shared_scale else self._reduce_tiles[i].begin // job.unit
-            memset(&range_, 0, sizeof(range_))
+            whole = job.shared_scale or job.family == FQ_NVFP4
+            unit = 0 if whole else self._reduce_tiles[i].begin // job.unit
+            range_ = self._reduced[i].range
             while (
                 i < self.reduce_tiles
                 and j == self._reduce_tiles[i].job
-                and unit == (0 if job.shared_scale else self._reduce_tiles[i].begin // job.unit)
+                and unit == (0 if whole else self._reduce_tiles[i].begin // job.unit)
             ):
                 found = &self._reduced[i]
                 range_.high = max(range_.high, found.range.high)
                 range_.low = max(range_.low, found.range.low)
                 i += 1
+            if job.family == FQ_NVFP4:
+                self._whole_scale(j, &range_)
+                continue
             given = self._given_amax[j]
             elsewhere = job.shared_scale and job.symmetric and given == given
             if elsewhere:
@@ -374,6 +505,16 @@ cdef class Plan:
             self._kernels.parameters(
                 job, &range_, 1, job.scales + unit, NULL if job.zeros == NULL else job.zeros + unit)
             job.given_scales = 2 if elsewhere else 1
+        for j in range(self._n_jobs):
+            given = self._given_amax[j]
+            if self._jobs[j].family == FQ_NVFP4 and given == given:
+                memcpy(&range_.high, &given, sizeof(given))
+                self._whole_scale(j, &range_)
+
+    cdef void _whole_scale(self, int64_t j, const fq_range *magnitude) noexcept:
+        """The scale of the whole tensor stands behind the groups'."""
+        cdef fq_job *job = &self._jobs[j]
+        self._kernels.parameters(job, magnitude, 1, job.scales + self._matrix[j, SCALE_COUNT] - 1, NULL)
 
     def quantize(self, int64_t first, int64_t last, int n_threads):
         """Quantize the tiles from ``first`` up to ``last``."""
@@ -390,8 +531,25 @@ cdef class Plan:
         self._kernels.quantize(&self._jobs[tile.job], tile.begin, tile.end, &self._results[i])
         self._results[i].nanoseconds = now() - start
 
-    def finish(self, double[:, ::1] sums, int64_t[::1] first_bad, int64_t[::1] nanoseconds):
-        """Add the tiles' results up, in their order, and clear the output of jobs with a non-finite weight.
+    def repack(self, int64_t first, int64_t last, int n_threads):
+        """Write what was packed in the layouts that need all of it, for the tiles from ``first`` up to ``last``."""
+        cdef int64_t i
+        if not 0 <= first <= last <= self.repack_tiles:
+            raise IndexError(f"tiles {first} to {last} of {self.repack_tiles}")
+        with nogil:
+            for i in prange(first, last, num_threads=n_threads, schedule="dynamic", chunksize=1):
+                self._repack_one(i)
+
+    cdef void _repack_one(self, int64_t i) noexcept nogil:
+        cdef int64_t start = now()
+        cdef Tile *tile = &self._repack_tiles[i]
+        self._kernels.repack(&self._jobs[tile.job], tile.begin, tile.end)
+        self._repack_ns[i] = now() - start
+
+    def finish(
+        self, double[:, ::1] sums, int64_t[::1] first_bad, int64_t[::1] unheld, int64_t[::1] nanoseconds
+    ):
+        """Add the tiles' results up, in their order, and clear the output of jobs that failed.
 
         Parameters
         ----------
@@ -399,12 +557,14 @@ cdef class Plan:
             sum x^2, sum e^2, sum x*e, largest abs(e).
         first_bad : int64 array of shape (jobs,), written
             Index of the first non-finite weight, or -1.
+        unheld : int64 array of shape (jobs,), written
+            Index of the first zero point that the packing cannot hold, or -1.
         nanoseconds : int64 array of shape (jobs,), written
             Time that threads spent on the job.
         """
         if sums.shape[0] < self._n_jobs or sums.shape[1] != 4:
             raise ValueError("sums has another shape than (jobs, 4)")
-        if first_bad.shape[0] < self._n_jobs or nanoseconds.shape[0] < self._n_jobs:
+        if first_bad.shape[0] < self._n_jobs or unheld.shape[0] < self._n_jobs or nanoseconds.shape[0] < self._n_jobs:
             raise ValueError("an output is shorter than the jobs")
         cdef int64_t i, j
         cdef fq_result *part
@@ -424,18 +584,32 @@ cdef class Plan:
             if first_bad[j] < 0:
                 first_bad[j] = part.first_bad
             nanoseconds[j] += part.nanoseconds
+        for i in range(self.repack_tiles):
+            nanoseconds[self._repack_tiles[i].job] += self._repack_ns[i]
         for i in range(self.reduce_tiles):
             part, j = &self._reduced[i], self._reduce_tiles[i].job
             if part.first_bad >= 0 and (first_bad[j] < 0 or part.first_bad < first_bad[j]):
                 first_bad[j] = part.first_bad
         for j in range(self._n_jobs):
-            if first_bad[j] >= 0:
+            unheld[j] = self._first_unheld(j)
+            if first_bad[j] >= 0 or unheld[j] >= 0:
                 self._clear(j)
+
+    cdef int64_t _first_unheld(self, int64_t j) noexcept:
+        """GPTQ's first version stores zero points, counted from the lowest code up, less 1: the lowest has no place."""
+        cdef const fq_job *job = &self._jobs[j]
+        cdef int64_t i
+        if job.packing == FQ_GPTQ and job.zeros != NULL:
+            for i in range(self._matrix[j, SCALE_COUNT]):
+                if job.zeros[i] == -(1 << (job.bits - 1)):
+                    return i
+        return -1
 
     cdef void _clear(self, int64_t j) noexcept:
         """What a refused layer leaves must hold nothing of it, nor of the memory's last user."""
         cdef int64_t count = self._matrix[j, SCALE_COUNT]
-        memset(self._jobs[j].data, 0, self._matrix[j, DATA_BYTES])
+        cdef uint8_t *data = self._jobs[j].data if self._jobs[j].packed == NULL else self._jobs[j].packed
+        memset(data, 0, self._matrix[j, DATA_BYTES])
         if self._jobs[j].scales != NULL:
             memset(self._jobs[j].scales, 0, count * sizeof(float))
         if self._jobs[j].zeros != NULL:

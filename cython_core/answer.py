@@ -17,6 +17,7 @@ from flightquant.wire import ANSWER_FIELDS
 
 if TYPE_CHECKING:
     from flightquant.cython_core.engine import _Buffer, _Work
+    from flightquant.cython_core.validate_quantized import CheckedRows
 
 
 def with_nulls(valid: npt.NDArray[np.bool_]) -> tuple[pa.Buffer | None, int]:
@@ -39,7 +40,7 @@ def build_answer(
         columns["row_offset"] = batch.column("row_offset")
     else:
         columns["row_offset"] = repeated(None, pa.int64(), count)
-    columns |= _status(checked, count)
+    columns |= status_columns(checked, count)
     columns |= _options(work)
     columns |= _outputs(work, ok)
     columns |= _quality(work, ok, command.metrics)
@@ -66,7 +67,8 @@ def _plain(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)], 0)
 
 
-def _status(checked: CheckedBatch, count: int) -> dict[str, pa.Array]:
+def status_columns(checked: CheckedBatch | CheckedRows, count: int) -> dict[str, pa.Array]:
+    """The columns ``status`` and ``error`` of a batch whose failures are known."""
     if not checked.failures:
         return {"status": repeated("ok", pa.utf8(), count), "error": repeated(None, pa.utf8(), count)}
     status: list[str] = ["ok"] * count

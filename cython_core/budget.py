@@ -14,6 +14,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+
+from flightquant.cython_core._quantize import pin_team
 
 
 def available_cpus() -> int:
@@ -54,7 +57,10 @@ class ThreadBudget:
     def __init__(self, n_threads: int, inline_tiles: int) -> None:
         self.n_threads = n_threads
         self._inline_tiles = inline_tiles
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="flightquant-compute")
+        cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        # Fewer threads than CPUs are the scheduler's to place: other processes would choose the same.
+        initializer = partial(pin_team, cpus) if n_threads == len(cpus) > 1 else None
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="flightquant-compute", initializer=initializer)
         self._lock = threading.Lock()
         self._free = n_threads
         self._waiting: deque[tuple[int, threading.Lock]] = deque()

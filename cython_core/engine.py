@@ -17,6 +17,7 @@ from flightquant.cython_core._quantize import (
     DTYPES,
     FAMILIES,
     JOB_WIDTH,
+    PACKINGS,
     Plan,
     active_isa,
     available_isas,
@@ -29,11 +30,13 @@ from flightquant.cython_core.validate import (
     Limits,
     Request,
     check_batch,
+    checked_layers,
     read_global_amax,
     read_overrides,
 )
 from flightquant.errors import DeadlineError, InvalidRequestError, LayerError, TooLargeError, clip_text
-from flightquant.spec import Command, LayerSpec
+from flightquant.layers import Layer, weights_field
+from flightquant.spec import WEIGHT_DTYPES, Command, LayerSpec
 from flightquant.wire import EndMessage, answer_schema
 
 __all__ = ["Answer", "Engine", "Limits", "Session"]
@@ -52,14 +55,21 @@ class Answer:
     batch : RecordBatch
         The contract's answer columns, one row for each request row.
     sums : float64 array of shape (rows, 4)
-        Each row's quality sums (``reference.quality``), from which the quality of a layer in parts can be joined.
+        Each row's quality sums (``reference.quality``), from which the quality of a layer in parts can be joined;
+        None where nothing was measured.
     seconds : dict
         Time of the stages ``validate``, ``queue`` (waiting for the thread budget) and ``kernel``.
+    costs : RecordBatch
+        Name, status and cost of each row: the answer itself where it has these columns.
+    totals : EndMessage
+        Of this batch alone.
     """
 
     batch: pa.RecordBatch
-    sums: npt.NDArray[np.float64]
+    sums: npt.NDArray[np.float64] | None
     seconds: dict[str, float]
+    costs: pa.RecordBatch
+    totals: EndMessage
 
 
 class Engine:
@@ -105,39 +115,79 @@ class Engine:
         InvalidRequestError
             The schema is not the contract's.
         """
-        return Session(self, schema, command, Limits() if limits is None else limits)
+        return Session(self, Request(schema), answer_schema(schema), command, Limits() if limits is None else limits)
+
+    def quantize_layers(self, layers: Sequence[Layer], command: Command) -> Answer:
+        """Answer layers of one dtype as one batch: this process's own, which may lie apart and need no checks.
+
+        Raises
+        ------
+        TooLargeError
+            The answer would have more bytes than a column can hold.
+        LayerError
+            A layer is bad and the command says ``on_error: abort``.
+        """
+        start = time.perf_counter()
+        request, schema = _own_request(layers[0].dtype)
+        batch, checked = checked_layers(layers)
+        return Session(self, request, schema, command, Limits()).answer(batch, checked, start, None)
 
     def run(self, plan: Plan, should_stop: Callable[[], bool] | None) -> dict[str, float]:
         """Run a plan in slices, taking turns with other callers; the seconds spent waiting and computing."""
         seconds = {"queue": 0.0, "kernel": 0.0}
-
-        def in_slices(step: Callable[[int, int, int], None], tiles: int) -> None:
-            for first in range(0, tiles, SLICE_TILES):
-                # Not before the first slice: asking gRPC costs more than a small batch.
-                if first and should_stop is not None and should_stop():
-                    raise DeadlineError("the call was cancelled or its time is over", field="deadline")
-                last = min(first + SLICE_TILES, tiles)
-                asked = time.perf_counter()
-                started = ended = asked
-
-                def work(n_threads: int, first: int = first, last: int = last) -> None:
-                    nonlocal started, ended
-                    started = time.perf_counter()
-                    step(first, last, n_threads)
-                    ended = time.perf_counter()
-
-                self._budget.run(last - first, work)
-                seconds["queue"] += started - asked
-                seconds["kernel"] += ended - started
-
-        in_slices(plan.reduce, plan.reduce_tiles)
+        self.in_slices(plan.reduce, plan.reduce_tiles, should_stop, seconds)
         plan.parameters()
-        in_slices(plan.quantize, plan.tiles)
+        self.in_slices(plan.quantize, plan.tiles, should_stop, seconds)
+        self.in_slices(plan.repack, plan.repack_tiles, should_stop, seconds)
         return seconds
+
+    def in_slices(
+        self,
+        step: Callable[[int, int, int], None],
+        tiles: int,
+        should_stop: Callable[[], bool] | None,
+        seconds: dict[str, float],
+    ) -> None:
+        """Call ``step(first, last, n_threads)`` over all tiles, some milliseconds' worth at a time.
+
+        Parameters
+        ----------
+        seconds : dict
+            To whose ``queue`` and ``kernel`` the time spent waiting and computing is added.
+
+        Raises
+        ------
+        DeadlineError
+            ``should_stop`` returned true.
+        """
+        for first in range(0, tiles, SLICE_TILES):
+            # Not before the first slice: asking gRPC costs more than a small batch.
+            if first and should_stop is not None and should_stop():
+                raise DeadlineError("the call was cancelled or its time is over", field="deadline")
+            last = min(first + SLICE_TILES, tiles)
+            asked = time.perf_counter()
+            started = ended = asked
+
+            def work(n_threads: int, first: int = first, last: int = last) -> None:
+                nonlocal started, ended
+                started = time.perf_counter()
+                step(first, last, n_threads)
+                ended = time.perf_counter()
+
+            self._budget.run(last - first, work)
+            seconds["queue"] += started - asked
+            seconds["kernel"] += ended - started
 
     def close(self) -> None:
         """Release the compute threads."""
         self._budget.close()
+
+
+@lru_cache(maxsize=len(WEIGHT_DTYPES))
+def _own_request(dtype: str) -> tuple[Request, pa.Schema]:
+    """Request and answer schema of layers that come without a batch."""
+    schema = pa.schema([pa.field("layer_name", pa.utf8()), weights_field(dtype)])
+    return Request(schema), answer_schema(schema)
 
 
 class Session:
@@ -149,15 +199,18 @@ class Session:
         Of the answer batches.
     end : EndMessage
         Totals of all answered batches.
+    value_bytes : int
+        Bytes of one weight as sent.
     """
 
-    def __init__(self, engine: Engine, schema: pa.Schema, command: Command, limits: Limits) -> None:
+    def __init__(self, engine: Engine, request: Request, schema: pa.Schema, command: Command, limits: Limits) -> None:
         self._engine = engine
-        self._request = Request(schema)
+        self._request = request
         self._command = command
         self._limits = limits
-        self.schema = answer_schema(schema)
+        self.schema = schema
         self.end = EndMessage()
+        self.value_bytes: int = self._request.value_bytes
 
     def quantize(self, batch: pa.RecordBatch, should_stop: Callable[[], bool] | None = None) -> Answer:
         """Answer one batch.
@@ -174,18 +227,23 @@ class Session:
         start = time.perf_counter()
         checked = check_batch(batch, self._request, self._limits)
         self._check_call_bytes(checked)
+        return self.answer(batch, checked, start, should_stop)
+
+    def answer(
+        self, batch: pa.RecordBatch, checked: CheckedBatch, start: float, should_stop: Callable[[], bool] | None
+    ) -> Answer:
+        """Answer a batch that has passed its checks, which began at ``start`` on the clock of ``perf_counter``."""
         work = _Work(batch, checked, self._command, self._request)
         self._abort_on(checked)
         seconds = {"validate": time.perf_counter() - start, "queue": 0.0, "kernel": 0.0}
         if work.rows.size:
             plan = work.plan(self._engine.isa, self._command.metrics)
             seconds |= self._engine.run(plan, should_stop)
-            plan.finish(work.sums, work.first_bad, work.nanoseconds)
-            work.note_non_finite()
+            plan.finish(work.sums, work.first_bad, work.unheld, work.nanoseconds)
+            work.note_failures()
             self._abort_on(checked)
         answer = build_answer(batch, checked, work, self._command, self.schema)
-        self._add_up(work)
-        return Answer(answer, work.row_sums, seconds)
+        return Answer(answer, work.row_sums, seconds, answer, self._add_up(work))
 
     def _check_call_bytes(self, checked: CheckedBatch) -> None:
         limit = self._limits.max_call_bytes
@@ -207,14 +265,19 @@ class Session:
             name = clip_text(checked.names[row].as_py(), 200)
             raise LayerError(status, f'layer "{name}" (row {self.end.rows + row}): {status}: {text}', got=status)
 
-    def _add_up(self, work: _Work) -> None:
+    def _add_up(self, work: _Work) -> EndMessage:
+        """The totals of a batch, which also join those of the call."""
         checked = work.checked
-        self.end.rows += len(checked.lengths)
-        self.end.batches += 1
-        self.end.failed_rows += len(checked.failures)
-        self.end.bytes_in += int(checked.lengths.sum()) * self._request.value_bytes
-        self.end.bytes_out += int(work.bytes_out.sum())
-        self.end.kernel_ns += int(work.nanoseconds.sum())
+        batch = EndMessage(
+            rows=len(checked.lengths),
+            batches=1,
+            bytes_in=int(checked.lengths.sum()) * self.value_bytes,
+            bytes_out=int(work.bytes_out.sum()),
+            kernel_ns=int(work.nanoseconds.sum()),
+            failed_rows=len(checked.failures),
+        )
+        self.end.add(batch)
+        return batch
 
 
 class _Work:
@@ -239,7 +302,7 @@ class _Work:
         rows = np.empty(count, np.int64)
         offsets = np.empty((3, count + 1), np.int64)
         self.bytes_out = np.empty(count, np.int64)
-        made = lay_out(
+        made, scratch = lay_out(
             _spec_table(tuple(self.specs), request.dtype),
             self.spec_of_row,
             checked.starts,
@@ -256,11 +319,13 @@ class _Work:
         self.data, self.scales, self.zeros = (_Buffer(offsets, k, width) for k, width in enumerate((1, 4, 4)))
         self.sums = np.zeros((made, 4))
         self.first_bad = np.empty(made, np.int64)
+        self.unheld = np.empty(made, np.int64)
         self.nanoseconds = np.empty(made, np.int64)
+        self._scratch = _memory(scratch)
 
     def plan(self, isa: str, measure: bool) -> Plan:
         """The kernels' plan of all jobs."""
-        outputs = (self.data.address, self.scales.address, self.zeros.address)
+        outputs = (self.data.address, self.scales.address, self.zeros.address, self._scratch.address)
         return Plan(self._jobs, self._given_amax, isa, measure, *outputs, self)
 
     def _resolve(self, overrides: Sequence[Mapping[str, Any]] | None, command: Command) -> npt.NDArray[np.int64]:
@@ -283,10 +348,11 @@ class _Work:
         return chosen
 
     def _refuse_uneven(self) -> None:
-        """A group never crosses a row, so it must divide it."""
-        sizes = np.array([spec.group_size or 1 for spec in self.specs])[self.spec_of_row]
+        """A group never crosses a row, so it must divide it, unless groups run over the flat tensor."""
+        sizes = np.array([_row_divisor(spec) for spec in self.specs])[self.spec_of_row]
         cols = self.checked.matrix[:, 1]
         uneven = cols % sizes
+        self._refuse_part_words()
         if not uneven.any():
             return
         for i in np.flatnonzero((cols > 0) & (uneven != 0)):
@@ -297,13 +363,31 @@ class _Work:
             )
             self.checked.failures.setdefault(int(i), ("unsupported", text))
 
-    def note_non_finite(self) -> None:
-        """Turn rows in which the kernels met NaN or infinity into failures."""
-        if self.first_bad.max(initial=-1) < 0:
+    def _refuse_part_words(self) -> None:
+        """Words over several rows need multiples of 32 in both axes."""
+        if not any(spec.scheme.transposed for spec in self.specs):
+            return
+        transposed = np.array([spec.scheme.transposed for spec in self.specs])[self.spec_of_row]
+        for i in np.flatnonzero(transposed & (self.checked.matrix % 32 != 0).any(axis=1)):
+            rows, cols = self.checked.matrix[i]
+            packing = self.specs[self.spec_of_row[i]].scheme.packing
+            text = f"a matrix of {rows} x {cols} does not fill whole words of {packing}; expected multiples of 32"
+            self.checked.failures.setdefault(int(i), ("unsupported", text))
+
+    def note_failures(self) -> None:
+        """Turn rows in which the kernels met NaN or infinity, or a zero point without a place, into failures."""
+        if max(self.first_bad.max(initial=-1), self.unheld.max(initial=-1)) < 0:
             return
         for k in np.flatnonzero(self.first_bad >= 0):
             text = f"weight {self.first_bad[k]} is NaN or infinite as float32; expected finite weights"
             self.checked.failures.setdefault(int(self.rows[k]), ("non_finite", text))
+        for k in np.flatnonzero(self.unheld >= 0):
+            text = (
+                f"zero point {self.unheld[k]} is 0, which GPTQ's first version cannot hold; expected packing "
+                '"gptq-v2", symmetric codes, or weights below 0 in every group'
+            )
+            self.checked.failures.setdefault(int(self.rows[k]), ("unsupported", text))
+        for k in np.flatnonzero((self.first_bad >= 0) | (self.unheld >= 0)):
             self.sums[k] = 0
             self.bytes_out[self.rows[k]] = 0
 
@@ -317,6 +401,11 @@ class _Work:
         return sums
 
 
+def _row_divisor(spec: LayerSpec) -> int:
+    """What a row's length must be a multiple of."""
+    return spec.group_size if spec.granularity == "group" and not spec.scheme.flat else 1
+
+
 @lru_cache(maxsize=256)
 def _spec_table(specs: tuple[LayerSpec, ...], dtype: str) -> npt.NDArray[np.int64]:
     """The specs as ``lay_out`` takes them, one row of SPEC_FIELDS each."""
@@ -326,17 +415,26 @@ def _spec_table(specs: tuple[LayerSpec, ...], dtype: str) -> npt.NDArray[np.int6
                 FAMILIES[spec.scheme.name],
                 DTYPES[dtype],
                 DTYPES[spec.arithmetic_for(dtype)],
-                DTYPES[spec.scale_dtype_for(dtype)],
+                DTYPES.get(spec.scale_dtype_for(dtype), DTYPES["float32"]),
                 spec.scheme.bits,
                 spec.symmetric,
                 spec.granularity == "tensor",
-                spec.group_size,
+                spec.group_size if spec.granularity == "group" else 0,
                 spec.scheme.block_bytes,
+                spec.scheme.flat,
+                spec.granularity == "block",
+                spec.scheme.stored_bits or spec.scheme.bits,
+                PACKINGS.get(spec.scheme.packing, 0),
             )
             for spec in specs
         ],
         np.int64,
     )
+
+
+def _memory(nbytes: int) -> pa.Buffer:
+    """Memory that nobody has written to yet."""
+    return pa.allocate_buffer(nbytes) if nbytes < MIN_BYTES else pa.py_buffer(OutputMemory(nbytes))
 
 
 class _Buffer:
@@ -354,7 +452,7 @@ class _Buffer:
                 got=nbytes,
                 expected=MAX_ANSWER_BYTES,
             )
-        self._buffer = pa.allocate_buffer(nbytes) if nbytes < MIN_BYTES else pa.py_buffer(OutputMemory(nbytes))
+        self._buffer = _memory(nbytes)
         self.address = self._buffer.address
 
     def as_lists(self, kind: pa.DataType, values: pa.DataType | None, valid: npt.NDArray[np.bool_] | None) -> pa.Array:

@@ -1,4 +1,4 @@
-"""The same quantization in-process, with the same arguments and the same answer as the service."""
+"""The same operations in-process, with the same arguments and the same answer as the service."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
+import numpy.typing as npt
 import pyarrow as pa
 
+from flightquant import reference
 from flightquant.cython_core.engine import Engine, Limits
-from flightquant.layers import as_reader, layers_batch, named_layers
+from flightquant.cython_core.restore import QuantizedSession, restore_arrays
+from flightquant.errors import LayerError
+from flightquant.layers import Layer, as_reader, named_layers
+from flightquant.quantized import quantized_batches, with_weights
 from flightquant.spec import Command
-from flightquant.wire import ANSWER_FIELDS, answer_schema
+from flightquant.wire import ANSWER_FIELDS, answer_schema, verified_schema
 
 _UNLIMITED = Limits(max_rows=2**31 - 1, max_layer_bytes=2**62, max_batch_bytes=2**62, max_name_bytes=2**31 - 1)
 
@@ -32,6 +37,7 @@ def quantize(
     scheme: str | None = None,
     *,
     bit_width: int | None = None,
+    packing: str | None = None,
     granularity: str | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
@@ -48,11 +54,16 @@ def quantize(
         Names to NumPy arrays or torch tensors (float32, float16, bfloat16, float64; any shape), or Arrow data with the
         contract's request columns.
     scheme : str
-        ``"int8"``, ``"int4"``, ``"q8_0"``, ``"q4_0"``; or give ``bit_width`` 4 or 8.
-    granularity : {"tensor", "channel", "group"}, optional
+        ``"int8"``, ``"int4"``, ``"q8_0"``, ``"q4_0"``,
+        ``"q4_1"``, ``"q5_0"``, ``"q5_1"``, ``"q2_k"`` to ``"q6_k"``, ``"iq4_nl"``, ``"nf4"``, ``"fp4"``,
+        ``"mxfp8"``, ``"mxfp4"``, ``"nvfp4"``; or give ``bit_width`` 4 or 8.
+    packing : str, optional
+        Layout of the codes, where the scheme has several: ``"gptq"``, ``"gptq-v2"``, ``"awq"``. Default its first.
+    granularity : {"tensor", "channel", "group", "block"}, optional
         What one scale covers.
     group_size : int, optional
-        Weights for each scale along the last axis: 32, 64, 128 or 256.
+        Weights for each scale along the last axis: 32, 64, 128 or 256; for ``nf4`` and ``fp4`` along the flat tensor,
+        up to 4096.
     symmetric : bool, optional
         False adds zero points. Default true.
     scale_dtype : {"float32", "float16", "bfloat16"}, optional
@@ -79,6 +90,7 @@ def quantize(
     command = Command.build(
         scheme=scheme,
         bit_width=bit_width,
+        packing=packing,
         granularity=granularity,
         group_size=group_size,
         symmetric=symmetric,
@@ -89,7 +101,7 @@ def quantize(
     engine = shared_engine(n_threads)
     if isinstance(weights, Mapping):
         answers = list(_quantize_mapping(engine, weights, command))
-        return pa.Table.from_batches(answers, schema=answer_schema(pa.schema([])))
+        return pa.Table.from_batches(answers, schema=None if answers else answer_schema(pa.schema([])))
     reader = as_reader(weights)
     session = engine.session(reader.schema, command, _UNLIMITED)
     return pa.Table.from_batches(
@@ -97,13 +109,102 @@ def quantize(
     )
 
 
+MAX_JOINED_BYTES = 64 << 20
+MAX_JOINED_LAYERS = 1024
+"""Of the layers that are answered as one batch: enough that what a batch costs beside its kernels does not count."""
+
+
 def _quantize_mapping(engine: Engine, weights: Mapping[str, Any], command: Command) -> Iterator[pa.RecordBatch]:
-    """One answer batch for each layer: layers lie apart in memory, and to join them would be a copy."""
+    """Answer batches of layers as they lie in memory, apart from one another: to join them would be a copy."""
     copied_column = [field.name for field in ANSWER_FIELDS].index("bytes_copied")
-    for layer in named_layers(weights):
-        batch = layers_batch([layer])
-        answer = engine.session(batch.schema, command, _UNLIMITED).quantize(batch).batch
-        if layer.copied:
-            copied = pa.array([layer.copied], pa.int64())
+    for layers in _alike(named_layers(weights)):
+        answer = engine.quantize_layers(layers, command).batch
+        if any(layer.copied for layer in layers):
+            copied = pa.array([layer.copied for layer in layers], pa.int64())
             answer = answer.set_column(copied_column, answer.schema.field(copied_column), copied)
         yield answer
+
+
+def _alike(layers: Iterator[Layer]) -> Iterator[list[Layer]]:
+    """Runs of layers of one dtype, of bounded size."""
+    run: list[Layer] = []
+    nbytes = 0
+    for layer in layers:
+        full = nbytes + layer.nbytes > MAX_JOINED_BYTES or len(run) == MAX_JOINED_LAYERS
+        if run and (full or layer.dtype != run[0].dtype):
+            yield run
+            run, nbytes = [], 0
+        run.append(layer)
+        nbytes += layer.nbytes
+    if run:
+        yield run
+
+
+def dequantize(
+    answers: pa.Table | pa.RecordBatch, *, dtype: str = "float32", n_threads: int | None = None
+) -> dict[str, npt.NDArray[Any]]:
+    """The layers of a table of answer rows, as arrays of their own shapes, by name and in order.
+
+    A layer that came in parts (rows of one name with ``row_offset``) is joined again.
+
+    Parameters
+    ----------
+    answers : Table or RecordBatch
+        What ``quantize`` gave, here or from a server; the columns that the scheme needs suffice.
+    dtype : {"float32", "float16"}, optional
+        Of the arrays.
+    n_threads : int, optional
+        Compute threads; by default the CPUs that the process may use.
+
+    Raises
+    ------
+    LayerError
+        A row whose status is not ``ok``: it has nothing to give back; or NaN among its scales.
+    InvalidRequestError
+        A column is missing, or the bytes do not fit the shape.
+    """
+    command = Command.build(op="dequantize", dtype=dtype)
+    engine = shared_engine(n_threads)
+    parts: reference.Parts = {}
+    for batch in quantized_batches(answers):
+        checked, arrays = restore_arrays(engine, batch, command, _UNLIMITED)
+        if checked.failures:
+            # In the reference's own words: what it raises for the first row that is bad.
+            reference.dequantize(batch)
+            status, text = checked.failures[min(checked.failures)]
+            raise LayerError(status, text)
+        offsets = batch.column("row_offset").to_pylist() if "row_offset" in batch.schema.names else [None] * len(arrays)
+        for name, offset, array in zip(checked.names.to_pylist(), offsets, arrays, strict=True):
+            parts.setdefault(name, []).append((offset, array))
+    return reference.join_parts(parts)
+
+
+def verify(weights: Any, answers: pa.Table | pa.RecordBatch, *, n_threads: int | None = None) -> pa.Table:
+    """Compare quantized layers with weights: the quality columns that ``quantize`` gives, bit for bit.
+
+    Parameters
+    ----------
+    weights : mapping, Table, RecordBatch, RecordBatchReader or object with ``__arrow_c_stream__``
+        As for ``quantize``: at least every layer that the answers name.
+    answers : Table or RecordBatch
+        What ``quantize`` gave, here or from a server: whole layers.
+    n_threads : int, optional
+        Compute threads; by default the CPUs that the process may use.
+
+    Returns
+    -------
+    Table
+        One row for each row of ``answers``: ``layer_name``, ``shape``, ``status``, ``error`` and the quality columns.
+
+    Raises
+    ------
+    InvalidRequestError
+        A layer has no weights, or a column is missing.
+    """
+    engine = shared_engine(n_threads)
+    command = Command.build(op="verify")
+    made = [
+        QuantizedSession(engine, batch.schema, command, _UNLIMITED).answer(batch).batch
+        for batch in with_weights(weights, answers)
+    ]
+    return pa.Table.from_batches(made, schema=verified_schema(pa.schema([])))

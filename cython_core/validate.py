@@ -6,7 +6,7 @@ before the structure that leads to it has been checked, and nothing walks rows b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ import pyarrow.compute as pc
 
 from flightquant.cython_core._arrow import ListColumn, read_shapes, text_lengths
 from flightquant.errors import InvalidRequestError, TooLargeError
+from flightquant.layers import Layer
+from flightquant.reference import matrix_shape
 from flightquant.spec import OVERRIDE_KEYS
 from flightquant.wire import MAX_NAME_BYTES, check_request_schema
 
@@ -38,6 +40,8 @@ class Limits:
         Weights of all batches of a call; None for no limit.
     max_name_bytes, max_dims : int
         Length of a layer's name in UTF-8 bytes, and axes of a shape.
+    max_metadata_bytes : int
+        Metadata of the schema with its fields, and metadata beside one batch.
     """
 
     max_rows: int = 65536
@@ -46,6 +50,7 @@ class Limits:
     max_call_bytes: int | None = None
     max_name_bytes: int = MAX_NAME_BYTES
     max_dims: int = 8
+    max_metadata_bytes: int = 256 << 10
 
 
 class Request:
@@ -82,8 +87,8 @@ class CheckedBatch:
     ----------
     names : StringArray
         Layer names, an empty text where there was none.
-    weights : ListColumn
-        The borrowed weights; it keeps their memory alive.
+    weights : ListColumn or sequence of Layer
+        What keeps the weights' memory alive.
     starts, lengths : int64 array of shape (rows,)
         Address of every row's first weight, and number of weights.
     matrix : int64 array of shape (rows, 2)
@@ -95,7 +100,7 @@ class CheckedBatch:
     """
 
     names: pa.StringArray
-    weights: ListColumn
+    weights: ListColumn | Sequence[Layer]
     starts: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
     matrix: npt.NDArray[np.int64]
@@ -113,7 +118,28 @@ def check_batch(batch: pa.RecordBatch, request: Request, limits: Limits) -> Chec
     TooLargeError
         It has more rows or bytes, or a longer name, than the limits allow.
     """
-    if batch.schema != request.schema:
+    check_frame(batch, request.schema, limits)
+    failures: dict[int, tuple[str, str]] = {}
+    names = check_names(batch.column("layer_name"), limits, failures)
+    weights = borrow_weights(batch, request.dtype, failures)
+    lengths = weights.lengths
+    check_sizes(lengths, request.value_bytes, limits, failures)
+    starts = weights.address + weights.offsets[:-1] * request.value_bytes
+    shapes, matrix = _check_shapes(batch, request, lengths, limits, failures)
+    if "row_offset" in request.columns:
+        _check_row_offset(batch.column("row_offset"))
+    return CheckedBatch(names, weights, starts, lengths, matrix, shapes, failures)
+
+
+def check_frame(batch: pa.RecordBatch, schema: pa.Schema, limits: Limits) -> None:
+    """What must hold before anything of a batch may be looked at: its schema, its number of rows, Arrow's own rules.
+
+    Raises
+    ------
+    InvalidRequestError, TooLargeError
+        As :func:`check_batch`.
+    """
+    if batch.schema != schema:
         raise InvalidRequestError("the schema changed within the stream", field="schema", expected="one schema")
     if batch.num_rows == 0:
         raise InvalidRequestError("the batch has no rows; expected at least one", field="num_rows", got=0, expected=1)
@@ -132,23 +158,42 @@ def check_batch(batch: pa.RecordBatch, request: Request, limits: Limits) -> Chec
             field="batch",
             expected="a batch that passes Arrow's full validation",
         ) from None
-    failures: dict[int, tuple[str, str]] = {}
-    names = _check_names(batch.column("layer_name"), limits, failures)
+
+
+def borrow_weights(batch: pa.RecordBatch, dtype: str, failures: dict[int, tuple[str, str]]) -> ListColumn:
+    """The ``weights`` column, borrowed; a row that is null has length 0, and one with nulls fails."""
     column = batch.column("weights")
-    weights = _borrow(column, request.value_bytes, "weights")
+    weights = borrow(column, VALUE_BYTES[dtype], "weights")
     _find_nulls(column, weights, failures)
-    lengths = weights.lengths
     if column.null_count:
-        lengths[column.is_null().to_numpy(zero_copy_only=False)] = 0
-    _check_sizes(lengths, request.value_bytes, limits, failures)
-    starts = weights.address + weights.offsets[:-1] * request.value_bytes
-    shapes, matrix = _check_shapes(batch, request, lengths, limits, failures)
-    if "row_offset" in request.columns:
-        _check_row_offset(batch.column("row_offset"))
-    return CheckedBatch(names, weights, starts, lengths, matrix, shapes, failures)
+        weights.lengths[column.is_null().to_numpy(zero_copy_only=False)] = 0
+    return weights
 
 
-def _borrow(column: pa.Array, value_bytes: int, name: str) -> ListColumn:
+def checked_layers(layers: Sequence[Layer]) -> tuple[pa.RecordBatch, CheckedBatch]:
+    """Layers of one dtype that lie apart in this process's own memory, as a batch that needs no checks.
+
+    Returns
+    -------
+    RecordBatch, CheckedBatch
+        The batch has the names alone.
+    """
+    count = len(layers)
+    names = pa.array([layer.name for layer in layers], pa.utf8())
+    shapes = pa.array([layer.shape for layer in layers], _SHAPE)
+    starts = np.fromiter((layer.data.ctypes.data for layer in layers), np.int64, count)
+    lengths = np.fromiter((layer.data.size for layer in layers), np.int64, count)
+    matrix = np.array([matrix_shape(layer.shape) for layer in layers], np.int64)
+    failures: dict[int, tuple[str, str]] = {}
+    check_names(names, _OWN, failures)
+    batch = pa.RecordBatch.from_arrays([names], names=["layer_name"])
+    return batch, CheckedBatch(names, layers, starts, lengths, matrix, shapes, failures)
+
+
+_OWN = Limits(max_name_bytes=2**31 - 1)
+
+
+def borrow(column: pa.Array, value_bytes: int, name: str) -> ListColumn:
     """A list column, borrowed; every range is checked against the buffer's real size."""
     borrowed = ListColumn(column)
     values = column.values
@@ -163,7 +208,7 @@ def _borrow(column: pa.Array, value_bytes: int, name: str) -> ListColumn:
     return borrowed
 
 
-def _check_names(column: pa.Array, limits: Limits, failures: dict[int, tuple[str, str]]) -> pa.StringArray:
+def check_names(column: pa.Array, limits: Limits, failures: dict[int, tuple[str, str]]) -> pa.StringArray:
     """Names as plain text, none longer than the limit; a dictionary's entries are measured before they are copied."""
     plain = column.dictionary if pa.types.is_dictionary(column.type) else column
     longest, empty = text_lengths(plain)
@@ -199,9 +244,10 @@ def _find_nulls(column: pa.Array, weights: ListColumn, failures: dict[int, tuple
             failures.setdefault(int(row), ("null_weights", f"weight {index} is null; expected a number"))
 
 
-def _check_sizes(
+def check_sizes(
     lengths: npt.NDArray[np.int64], value_bytes: int, limits: Limits, failures: dict[int, tuple[str, str]]
 ) -> None:
+    """Hold rows of so many weights against the limits: a layer that is too large fails, a batch raises."""
     total = int(lengths.sum()) * value_bytes
     if total > limits.max_batch_bytes:
         raise TooLargeError(
@@ -234,7 +280,7 @@ def _check_shapes(
     column = batch.column("shape") if "shape" in request.columns else None
     if column is None:
         return _flat_shapes(lengths), _flat_matrix(lengths)
-    borrowed = _borrow(column, 8, "shape")
+    borrowed = borrow(column, 8, "shape")
     matrix = np.empty((batch.num_rows, 2), np.int64)
     read_shapes(borrowed, lengths, limits.max_dims, matrix)
     shapes = column if column.type == _SHAPE else column.cast(_SHAPE)

@@ -21,11 +21,12 @@ from rich.console import Console
 
 from flightquant import dequantize
 from flightquant.client import QuantClient
-from flightquant.client.cli.commands import LayerProgress
+from flightquant.client.cli.progress import LayerProgress
 from flightquant.client.cli.report import console, layer_table, size
-from flightquant.client.convert import Conversion, LayerResult, convert, select
-from flightquant.client.safetensors import FLOATS, SafetensorsFile
-from flightquant.layers import Layer
+from flightquant.client.convert import Conversion, Selection, convert, plan_of
+from flightquant.client.recipes import Recipe
+from flightquant.client.sinks import LayerResult
+from flightquant.client.sources import Source, open_source
 from flightquant.server.app import running_server
 from flightquant.spec import Command
 
@@ -54,13 +55,11 @@ SENTENCES = (
 )
 
 
-def stream(file: SafetensorsFile, command: Command) -> tuple[list[pa.RecordBatch], float]:
-    """All layers that :func:`select` chooses through an embedded server: their answers, and the seconds it took."""
-    chosen, _ = select(file, command.layer_spec())
-    layers: dict[str, Layer] = {name: file.layer(name) for name in chosen}
+def stream(source: Source, layers: Selection, command: Command) -> tuple[list[pa.RecordBatch], float]:
+    """The layers through an embedded server: their answers, and the seconds it took."""
     with running_server() as server, QuantClient(server.location, timeout_s=300) as client:
         print(f"server {server.location}, metrics {server.metrics_url}")
-        with LayerProgress(layers) as progress:
+        with LayerProgress({name: source.tensors[name].nbytes for name in layers}) as progress:
             started = time.perf_counter()
             answers = client.stream(layers, command.scheme, group_size=command.group_size, progress=progress.tell)
             batches = list(answers)
@@ -83,9 +82,9 @@ def print_totals(out: Console, result: Conversion, seconds: float) -> None:
         out.print(f"[bold]{name:>10}[/]  {text}", highlight=False)
 
 
-def compare(folder: Path, file: SafetensorsFile, batches: Sequence[pa.RecordBatch]) -> tuple[float, float]:
+def compare(folder: Path, source: Source, batches: Sequence[pa.RecordBatch]) -> tuple[float, float]:
     """Mean and smallest cosine between embeddings from the original and from the dequantized weights."""
-    original = {name: file.array(name) for name, info in file.tensors.items() if info.dtype in FLOATS}
+    original = {name: layer.data.reshape(layer.shape) for name, layer in source.items()}
     quantized = {**original, **dequantize(pa.Table.from_batches(batches))}
     model = MiniLM(folder)
     cosines = (model.embed(SENTENCES, original) * model.embed(SENTENCES, quantized)).sum(axis=1)
@@ -101,22 +100,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = options.model or installed_model()
     options.out.mkdir(parents=True, exist_ok=True)
     target, picture = options.out / "all-MiniLM-L6-v2-int4.safetensors", options.out / "all-MiniLM-L6-v2-int4.png"
-    command = Command.build(scheme="int4", group_size=128)
+    recipe = Recipe.parse({"preset": "vllm-w4a16"})
     out = console()
 
-    with SafetensorsFile(folder / "model.safetensors") as file:
-        out.print(
-            f"[bold]all-MiniLM-L6-v2[/], {size(file.path.stat().st_size)}, to int4 in groups of 128\n", highlight=False
-        )
-        batches, seconds = stream(file, command)
+    with open_source(folder / "model.safetensors") as source:
+        nbytes = sum(meta.nbytes for meta in source.tensors.values())
+        out.print(f"[bold]all-MiniLM-L6-v2[/], {size(nbytes)}, to int4 in groups of 128\n", highlight=False)
+        chosen = Selection(source, plan_of(source, target, recipe).commands)
+        batches, seconds = stream(source, chosen, recipe.command)
         out.print()
-        result = convert(file, target, command, lambda layers: iter(batches))
+        result = convert(source, target, recipe, lambda *_: iter(batches))
         layers: list[LayerResult] = result.layers
         out.print(layer_table(layers, out.width))
         print_totals(out, result, seconds)
         draw(layers, picture, "all-MiniLM-L6-v2 to int4, group 128")
-        mean, smallest = compare(folder, file, batches)
-    out.print(f"[bold]{'written':>10}[/]  {target} ({size(result.file_bytes_out)}), {picture}", highlight=False)
+        mean, smallest = compare(folder, source, batches)
+    out.print(f"[bold]{'written':>10}[/]  {target} ({size(result.bytes_out)}), {picture}", highlight=False)
     out.print(
         f"\n{len(SENTENCES)} sentence embeddings, int4 weights against the original's: "
         f"mean cosine [bold green]{mean:.4f}[/], smallest {smallest:.4f}",

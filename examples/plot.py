@@ -13,7 +13,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 
-from flightquant.client.convert import LayerResult
+from flightquant.client.sinks import LayerResult
 
 _COLOURS = ("#2f6db3", "#d9822b", "#3a9d6e", "#b0413e", "#7a5ea8", "#5c6670", "#b58b00", "#3aa6b9")
 _INK, _FAINT = "#2b2f36", "#d7dbe0"
@@ -48,7 +48,7 @@ def draw(layers: Sequence[LayerResult], path: Path, title: str) -> None:
             axes.spines[["top", "right", "left"]].set_visible(False)
             axes.tick_params(length=0)
         weights = sum(layer.weights for layer in layers)
-        mean = sum(layer.sqnr_db for layer in layers) / len(layers)
+        mean = sum(layer.sqnr_db or 0.0 for layer in layers) / len(layers)
         bytes_in, bytes_out = sum(x.bytes_in for x in layers), sum(x.bytes_out for x in layers)
         figure.suptitle(title, x=0.012, y=0.98, ha="left", fontsize=14, fontweight="bold")
         figure.text(

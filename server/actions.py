@@ -13,7 +13,7 @@ import pyarrow as pa
 from flightquant import __version__
 from flightquant.cython_core import active_isa, available_isas
 from flightquant.errors import InvalidRequestError, TooLargeError
-from flightquant.reference import matrix_shape, packed_bytes
+from flightquant.reference import fits_groups, fits_transpose, matrix_shape, packed_bytes, scale_count
 from flightquant.spec import SCHEMES, WEIGHT_DTYPES, Command, LayerSpec, Scheme
 from flightquant.wire import CONTRACT_VERSION
 
@@ -23,6 +23,7 @@ MAX_DIMENSIONS = 8
 DESCRIPTIONS = {
     "schemes": "One JSON object per scheme: its options, defaults, packing and what it is bit-exact with",
     "estimate": 'Body {"scheme": ..., "shapes": {name: [..]}}: bytes of each answer, without doing the work',
+    "quantize_to": 'Body {"source": ..., "sink": ..., "recipe": {..}}: convert a stored model, one object per layer',
     "version": "Versions, instruction set in use and compute threads",
 }
 
@@ -34,28 +35,39 @@ def schemes() -> list[dict[str, Any]]:
 
 def _scheme(scheme: Scheme) -> dict[str, Any]:
     default = Command.build(scheme=scheme.name).layer_spec()
-    options = ["granularity", "group_size"]
+    options = ["granularity", "group_size"] if scheme.group_sizes else ["granularity"]
+    options += ["bit_width"] if scheme.bit_widths else []
+    options += ["packing"] if len(scheme.packings) > 1 else []
     options += ["symmetric"] if scheme.asymmetric else []
     options += ["scale_dtype"] if scheme.scale_dtypes else []
     return {
         "name": scheme.name,
         "bits": scheme.bits,
+        "bit_widths": list(scheme.bit_widths),
         "granularities": list(scheme.granularities),
         "group_sizes": sorted(scheme.group_sizes),
-        "default_group_size": scheme.group_sizes[0],
+        "default_group_size": scheme.group_sizes[0] if scheme.group_sizes else None,
         "scale_dtypes": list(scheme.scale_dtypes),
         "options": options,
         "defaults": {
+            "bit_width": default.scheme.bits,
+            "packing": default.scheme.packing,
             "granularity": default.granularity,
             "group_size": default.group_size or None,
             "symmetric": default.symmetric,
-            "scale_dtype": default.scale_dtype or ("the weights' own" if scheme.scale_dtypes else "float16"),
+            "scale_dtype": _scale_dtype(default),
         },
         "packing": scheme.packing,
+        "packings": {each.packing: each.exact_with for each in (scheme, *scheme.variants)},
         "weights": list(WEIGHT_DTYPES),
         "exact_with": scheme.exact_with,
         "summary": scheme.summary,
     }
+
+
+def _scale_dtype(default: LayerSpec) -> str:
+    chosen = {default.scale_dtype_for(dtype) for dtype in ("float32", "float16")}
+    return "the weights' own" if len(chosen) > 1 else chosen.pop()
 
 
 def version(threads: int) -> dict[str, Any]:
@@ -122,15 +134,21 @@ def _bytes_out(name: str, shape: Any, spec: LayerSpec) -> int:
     rows, cols = matrix_shape(tuple(shape))
     if rows * cols == 0:
         return 0
-    if spec.group_size and cols % spec.group_size:
+    if not fits_groups(spec, cols):
         raise InvalidRequestError(
             f'the rows of "{name[:80]}" hold {cols} weights; expected a multiple of the group size {spec.group_size}',
             field="shapes",
             got=cols,
             expected=spec.group_size,
         )
+    if not fits_transpose(spec, rows, cols):
+        raise InvalidRequestError(
+            f'"{name[:80]}" is a matrix of {rows} x {cols}; {spec.scheme.packing} expects multiples of 32',
+            field="shapes",
+            got=[rows, cols],
+            expected="multiples of 32",
+        )
     packed = packed_bytes(spec, rows, cols)
     if spec.scheme.block_bytes:
         return packed
-    scales = {"tensor": 1, "channel": rows}.get(spec.granularity, rows * cols // (spec.group_size or cols))
-    return packed + 4 * scales * (1 if spec.symmetric else 2)
+    return packed + 4 * scale_count(spec, rows, cols) * (1 if spec.symmetric else 2)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import pyarrow as pa
 from prometheus_client import CollectorRegistry, disable_created_metrics, start_http_server
@@ -20,19 +21,23 @@ from flightquant.cython_core.engine import Engine
 from flightquant.layers import as_layer, layers_batch
 from flightquant.server import actions, logs
 from flightquant.server.admission import Admission
+from flightquant.server.auth import Gate, TokenFile, Verifier
 from flightquant.server.calls import Call
-from flightquant.server.config import ServerConfig
+from flightquant.server.config import TLS_SCHEME, ConfigError, ServerConfig
 from flightquant.server.exchange import Exchange
 from flightquant.server.health import Health
 from flightquant.server.metrics import Metrics
 from flightquant.server.middleware import CallMiddlewareFactory
 from flightquant.server.service import QuantService, build_labels
+from flightquant.server.stored import Places, Stored
 from flightquant.spec import SCHEMES, Command
 
 log = logging.getLogger("flightquant.server")
 
 INLINE_TILES = 32
 """Batches of up to 8 MiB of float32 are computed on the call's own thread: the other cores are busy with transport."""
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 LAST_WORD_S = 2.0
 """Of the grace period, the share at its end in which calls that still run are told ``draining``: at most half of it."""
@@ -61,10 +66,17 @@ class Server:
         self.config = config
         self.engine = engine or Engine(config.threads, inline_tiles=INLINE_TILES)
         self._owns_engine = engine is None
-        self.admission = Admission(config.max_calls, config.max_bytes_in_flight)
+        self.admission = Admission(
+            config.max_calls,
+            config.max_bytes_in_flight,
+            config.max_queued,
+            config.queue_timeout_s,
+            config.idle_timeout_s,
+        )
         self.registry = CollectorRegistry()
         build = build_labels(actions.version(self.engine.n_threads))
-        self.metrics = Metrics(self.registry, self.admission, build)
+        self.metrics = Metrics(self.registry, self.admission, build, self.engine.n_threads)
+        self._gate = make_gate(config)
         self._closing = ExitStack()
         self._health: Health | None = None
         self._service: QuantService | None = None
@@ -85,12 +97,17 @@ class Server:
             self._listen_for_metrics(undo)
             warm(self.engine)
             exchange = Exchange(self.engine, config.limits, self.admission, self.metrics, config.call_timeout_s)
-            middleware = CallMiddlewareFactory(self.admission, self._end_call)
+            places = Places(config.source_root, config.sink_root)
+            stored = Stored(places, self.engine, config.limits, self.admission, self.metrics, config.call_timeout_s)
+            middleware = CallMiddlewareFactory(self._gate, self.admission, self._end_call)
             try:
-                self._service = QuantService(config.location, middleware, exchange, self.engine.n_threads)
+                self._service = QuantService(
+                    config.location, middleware, exchange, stored, self.engine.n_threads, tls_arguments(config)
+                )
             except (OSError, pa.ArrowException):
                 raise OSError(f"cannot listen on {config.location}") from None
-            self.location = f"grpc://{config.host}:{self._service.port}"
+            scheme = TLS_SCHEME if config.tls else "grpc"
+            self.location = f"{scheme}://{config.host}:{self._service.port}"
             self._health.ready()
             self._closing = undo.pop_all()
 
@@ -153,6 +170,54 @@ class Server:
         return cut
 
 
+def make_gate(config: ServerConfig) -> Gate:
+    """What decides who calls.
+
+    Raises
+    ------
+    ConfigError
+        Tokens or keys cannot be read.
+    """
+    verifiers: list[Verifier] = []
+    try:
+        if config.token_file is not None:
+            verifiers.append(TokenFile(config.token_file, config.roles, log_unread))
+        if config.jwt_jwks and config.jwt_issuer and config.jwt_audience:
+            # Needs the jwt extra; who does not use it does without.
+            from flightquant.server.jwks import JwtRules, JwtVerifier
+
+            rules = JwtRules(
+                config.jwt_jwks,
+                config.jwt_issuer,
+                config.jwt_audience,
+                tuple(config.jwt_algorithms.split(",")),
+                config.jwt_roles_claim,
+                config.jwt_ca_file,
+                config.jwt_token_file,
+            )
+            verifiers.append(JwtVerifier(rules, config.roles))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if not verifiers and config.tls_client_ca is None and config.host not in LOOPBACK:
+        log.warning("open to everyone", extra={"fields": {"location": config.location}})
+    return Gate(verifiers, config.tls_client_ca is not None, config.roles)
+
+
+def log_unread(sentence: str) -> None:
+    """A file that changed and cannot be read: what it said before goes on."""
+    log.error("tokens not read again", extra={"fields": {"error": sentence}})
+
+
+def tls_arguments(config: ServerConfig) -> dict[str, Any]:
+    """The Flight server's arguments for TLS: empty without it."""
+    if config.tls_cert is None or config.tls_key is None:
+        return {}
+    given: dict[str, Any] = {"tls_certificates": [(config.tls_cert.read_bytes(), config.tls_key.read_bytes())]}
+    if config.tls_client_ca is not None:
+        given |= {"verify_client": True, "root_certificates": config.tls_client_ca.read_bytes()}
+    return given
+
+
 def warm(engine: Engine) -> None:
     """Run every scheme once, so that no client waits for the first use of anything."""
     layer = as_layer("warm", pa.array([1.0] * 256, pa.float32()))
@@ -193,6 +258,8 @@ def run(config: ServerConfig) -> None:
     ------
     OSError
         A port cannot be had.
+    ConfigError
+        Tokens or keys cannot be read.
     """
     logs.configure(config.log_level, config.log_format)
     # A switch of the whole process: these series would double the number of all.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from flightquant.server.auth import EVERYONE, Identity
 from flightquant.wire import SUMS_HEADER, EndMessage
 
 REQUEST_ID_HEADER = "x-request-id"
+TRACE_HEADER = "traceparent"
 UNKNOWN = "none"
 """``op`` and ``scheme`` of a call whose command was not read."""
 
@@ -32,30 +35,40 @@ class Call:
     ----------
     request_id : str
         The client's ``x-request-id`` if it sent one that is fit to be logged, else a fresh one.
-    trace_id : str or None
-        From the W3C ``traceparent`` header.
+    traceparent, trace_id : str or None
+        The W3C ``traceparent`` header, without what later versions may add, and the trace in it.
     sums : bool
         Whether the client asked for the quality sums of each batch.
+    identity : Identity
+        Who calls, and what they may do.
     op, scheme : str
         What the command asks for; :data:`UNKNOWN` until it was read.
     outcome : str
         ``ok``, ``cancelled`` or the code of the error that ended the call.
+    admitted, gave_place : bool
+        Whether the call has a place among the running ones; whether it had one and gave it away, being idle.
+    silent_since : float
+        Since when the call waits for its client, in :func:`time.monotonic` seconds; infinite while it does not.
     bytes_held : int
         Bytes of batches that the call holds now.
     """
 
     request_id: str
     method: str
+    traceparent: str | None = None
     trace_id: str | None = None
     sums: bool = False
     op: str = UNKNOWN
     scheme: str = UNKNOWN
     peer: str | None = None
+    identity: Identity = EVERYONE
     outcome: str = "ok"
     error: str | None = None
     totals: EndMessage | None = None
     bytes_held: int = 0
     admitted: bool = False
+    silent_since: float = math.inf
+    gave_place: bool = False
     started: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -64,10 +77,11 @@ class Call:
         request_id = _single(headers, REQUEST_ID_HEADER)
         if request_id is None or not _REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
-        trace = _TRACEPARENT.fullmatch(_single(headers, "traceparent") or "")
+        trace = _TRACEPARENT.fullmatch(_single(headers, TRACE_HEADER) or "")
         return cls(
             request_id=request_id,
             method=method,
+            traceparent=trace.group(0)[:55] if trace else None,
             trace_id=trace.group(1) if trace else None,
             sums=_single(headers, SUMS_HEADER) == "1",
         )

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
+from pyarrow import flight
 
 from flightquant.cython_core.engine import Answer, Engine, Limits, Session
+from flightquant.cython_core.restore import QuantizedSession
 from flightquant.errors import DeadlineError, DrainingError, FlightquantError, InvalidRequestError, TooLargeError
 from flightquant.server.admission import RETRY_AFTER_S, Admission
 from flightquant.server.calls import Call, CallCancelledError
@@ -16,7 +18,7 @@ from flightquant.server.metrics import Metrics
 from flightquant.spec import Command
 
 MAX_METADATA_MESSAGES = 1024
-MAX_METADATA_BYTES = 64 * 1024
+LEAVING_S = 0.02
 
 _COMMAND = 'a command descriptor with a JSON object such as {"op": "quantize", "scheme": "int4"}'
 
@@ -57,65 +59,80 @@ class Exchange:
             The client ended the call or is gone.
         """
         command = read_command(descriptor)
-        call.op, call.scheme = command.op, command.layer_spec().scheme.name
+        call.op = command.op
+        if command.op == "quantize":
+            call.scheme = command.layer_spec().scheme.name
         step = _Step(call, context, self._admission, self._timeout_s)
         schema = step.read(lambda: reader.schema)
-        session = self._engine.session(schema, command, self._limits)
+        session = self._open(schema, command)
+        _check_metadata_size(metadata_bytes(schema), self._limits.max_metadata_bytes, "the schema has")
         call.totals = session.end
         step.write(lambda: writer.begin(session.schema))
         metadata_messages = 0
         while True:
             self._admission.wait_for_room(step.check)
-            chunk = self._receive(step, reader)
+            chunk = self._receive(call, step, reader)
             step.check()
             if chunk is None:
                 break
             metadata_messages += chunk.data is None
-            _check_metadata(metadata_messages, 0 if chunk.app_metadata is None else chunk.app_metadata.size)
+            _check_metadata_messages(metadata_messages)
+            size = 0 if chunk.app_metadata is None else chunk.app_metadata.size
+            _check_metadata_size(size, self._limits.max_metadata_bytes, "a message has")
             if chunk.data is not None:
                 self._answer(call, step, session, chunk, writer)
             # The next read must not find this batch still held.
             del chunk
         step.write(lambda: writer.write_metadata(session.end.to_json()))
 
-    def _receive(self, step: _Step, reader: Any) -> Any:
+    def _open(self, schema: pa.Schema, command: Command) -> Session | QuantizedSession:
+        if command.op == "quantize":
+            return self._engine.session(schema, command, self._limits)
+        return QuantizedSession(self._engine, schema, command, self._limits)
+
+    def _receive(self, call: Call, step: _Step, reader: Any) -> Any:
         """The next chunk, or None at the end of the stream."""
         started = time.perf_counter()
         try:
-            chunk = step.read(reader.read_chunk)
+            with self._admission.listening(call):
+                chunk = step.read(reader.read_chunk)
         except StopIteration:
             return None
-        self._metrics.observe_stage("receive", time.perf_counter() - started)
+        self._metrics.observe_stage("receive", time.perf_counter() - started, call.trace_id)
         return chunk
 
-    def _answer(self, call: Call, step: _Step, session: Session, chunk: Any, writer: Any) -> None:
+    def _answer(self, call: Call, step: _Step, session: Session | QuantizedSession, chunk: Any, writer: Any) -> None:
         """Answer one batch, and hold nothing of it afterwards."""
         # The sizes of its buffers are all that may be asked of a batch before the engine has checked it.
         held = chunk.data.get_total_buffer_size()
         self._admission.hold(call, held)
         try:
-            answer = self._quantize(step, session, chunk.data)
+            answer = self._compute(call, step, session, chunk.data)
             self._admission.hold(call, held + answer.batch.get_total_buffer_size())
             started = time.perf_counter()
-            if call.sums:
-                step.write(lambda: writer.write_with_metadata(answer.batch, answer.sums.tobytes()))
+            sums = answer.sums if call.sums else None
+            if sums is not None:
+                step.write(lambda: writer.write_with_metadata(answer.batch, sums.tobytes()))
             else:
                 step.write(lambda: writer.write_batch(answer.batch))
-            self._metrics.observe_stage("write", time.perf_counter() - started)
-            self._metrics.observe_answer(answer.batch, held)
+            self._metrics.observe_stage("write", time.perf_counter() - started, call.trace_id)
+            self._metrics.observe_answer(answer, held, session.value_bytes)
         finally:
             self._admission.hold(call, 0)
 
-    def _quantize(self, step: _Step, session: Session, batch: pa.RecordBatch) -> Answer:
+    def _compute(self, call: Call, step: _Step, session: Session | QuantizedSession, batch: pa.RecordBatch) -> Answer:
         with self._metrics.batches_in_engine.track_inprogress():
             try:
-                answer = session.quantize(batch, should_stop=step.is_due)
+                if isinstance(session, QuantizedSession):
+                    answer = session.answer(batch, should_stop=step.is_due)
+                else:
+                    answer = session.quantize(batch, should_stop=step.is_due)
             except DeadlineError:
                 # The engine knows that it was told to stop, the step knows why.
                 step.check()
                 raise
         for stage, seconds in answer.seconds.items():
-            self._metrics.observe_stage(stage, seconds)
+            self._metrics.observe_stage(stage, seconds, call.trace_id)
         return answer
 
 
@@ -165,6 +182,8 @@ class _Step:
         except MemoryError:
             raise TooLargeError("a message needs more memory than the server has", field="message") from None
         except Exception as error:
+            # A client that leaves in mid-message looks like one that sent nonsense; the context knows a moment later.
+            time.sleep(LEAVING_S)
             if self._context.is_cancelled():
                 raise CallCancelledError from None
             raise InvalidRequestError(
@@ -181,6 +200,9 @@ class _Step:
             write()
         except FlightquantError:
             raise
+        except (OSError, flight.FlightError):
+            # Flight's word for a client that is gone, which can come before the context knows it.
+            raise CallCancelledError from None
         except Exception:
             if self._context.is_cancelled():
                 raise CallCancelledError from None
@@ -195,14 +217,32 @@ def read_command(descriptor: Any) -> Command:
     InvalidRequestError
         There is no descriptor, it is a path, or its command is none of the contract's.
     """
+    return Command.parse(command_bytes(descriptor))
+
+
+def command_bytes(descriptor: Any) -> bytes:
+    """The bytes of a command descriptor.
+
+    Raises
+    ------
+    InvalidRequestError
+        There is no descriptor, or it is a path.
+    """
     kind = None if descriptor is None else descriptor.descriptor_type.name
     if kind != "CMD":
         got = {"PATH": "a path descriptor"}.get(kind or "", "no descriptor")
         raise InvalidRequestError(f"the call has {got}; expected {_COMMAND}", field="descriptor", got=got)
-    return Command.parse(descriptor.command)
+    command: bytes = descriptor.command
+    return command
 
 
-def _check_metadata(messages: int, size: int) -> None:
+def metadata_bytes(schema: pa.Schema) -> int:
+    """Bytes of the metadata of a checked schema and of its fields."""
+    found = [schema.metadata, *(field.metadata for field in schema)]
+    return sum(len(key) + len(value) for each in found if each for key, value in each.items())
+
+
+def _check_metadata_messages(messages: int) -> None:
     if messages > MAX_METADATA_MESSAGES:
         raise TooLargeError(
             f"the stream has more than {MAX_METADATA_MESSAGES} messages of metadata alone",
@@ -210,10 +250,13 @@ def _check_metadata(messages: int, size: int) -> None:
             got=messages,
             expected=MAX_METADATA_MESSAGES,
         )
-    if size > MAX_METADATA_BYTES:
+
+
+def _check_metadata_size(size: int, limit: int, what: str) -> None:
+    if size > limit:
         raise TooLargeError(
-            f"a message has {size} bytes of metadata; expected at most {MAX_METADATA_BYTES}",
-            field="app_metadata",
+            f"{what} {size} bytes of metadata; expected at most {limit}",
+            field="max_metadata_bytes",
             got=size,
-            expected=MAX_METADATA_BYTES,
+            expected=limit,
         )

@@ -68,6 +68,7 @@ def log_call(call: Call) -> None:
         "outcome": call.outcome,
         "seconds": round(call.seconds, 6),
         "peer": call.peer,
+        "identity": call.identity.name or None,
         "error": call.error,
     }
     if call.totals is not None:

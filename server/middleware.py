@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from pyarrow import flight
 
 from flightquant.errors import InvalidRequestError
 from flightquant.server.admission import Admission
-from flightquant.server.calls import REQUEST_ID_HEADER, UNKNOWN, Call, Headers
+from flightquant.server.auth import CERTIFICATE, METHOD_ROLES, Gate
+from flightquant.server.calls import REQUEST_ID_HEADER, TRACE_HEADER, UNKNOWN, Call, Headers
 from flightquant.server.faults import Guard
 
 MIDDLEWARE_KEY = "call"
@@ -25,7 +27,7 @@ _METHODS = {
     "DO_EXCHANGE": "DoExchange",
     "HANDSHAKE": "Handshake",
 }
-OFFERED = ("DoExchange", "DoAction", "ListActions")
+OFFERED = ("DoExchange", "DoAction", "ListActions", "GetFlightInfo", "DoGet")
 
 
 class CallMiddleware(flight.ServerMiddleware):  # type: ignore[misc]
@@ -37,8 +39,9 @@ class CallMiddleware(flight.ServerMiddleware):  # type: ignore[misc]
         self._on_end = on_end
 
     def sending_headers(self) -> dict[str, str]:
-        """Headers of the answer: the id under which the log knows the call."""
-        return {REQUEST_ID_HEADER: self.call.request_id}
+        """Headers of the answer: the id under which the log knows the call, and the trace that it belongs to."""
+        trace = {TRACE_HEADER: self.call.traceparent} if self.call.traceparent else {}
+        return {REQUEST_ID_HEADER: self.call.request_id, **trace}
 
     def call_completed(self, exception: Exception | None) -> None:
         """The last that is heard of a call, whether it ended well, badly or not at all (a killed client)."""
@@ -53,12 +56,15 @@ class CallMiddlewareFactory(flight.ServerMiddlewareFactory):  # type: ignore[mis
 
     Parameters
     ----------
+    gate : Gate
+        Says who calls.
     on_end : callable
         Told of every call that is over, refused ones included.
     """
 
-    def __init__(self, admission: Admission, on_end: Callable[[Call], None]) -> None:
+    def __init__(self, gate: Gate, admission: Admission, on_end: Callable[[Call], None]) -> None:
         super().__init__()
+        self._gate = gate
         self._admission = admission
         self._on_end = on_end
 
@@ -67,7 +73,9 @@ class CallMiddlewareFactory(flight.ServerMiddlewareFactory):  # type: ignore[mis
         call = Call.from_headers(_METHODS.get(info.method.name, "other"), headers)
         try:
             with Guard(call):
+                call.identity = self._gate.identify(headers)
                 check_method(call.method)
+                call.identity.require(METHOD_ROLES.get(call.method), call.method)
                 self._admission.enter(call)
         except flight.FlightError:
             self._on_end(call)
@@ -85,7 +93,7 @@ def check_method(method: str) -> None:
     """
     if method not in OFFERED:
         raise InvalidRequestError(
-            f"this server has no {method}; expected DoExchange with a command, DoAction or ListActions",
+            f"this server has no {method}; expected one of {', '.join(OFFERED)}",
             field="method",
             got=method,
             expected=OFFERED,
@@ -96,4 +104,7 @@ def call_of(context: Any) -> Call:
     """The call that a handler's context belongs to."""
     call: Call = context.get_middleware(MIDDLEWARE_KEY).call
     call.peer = context.peer() or None
+    if call.identity.name == CERTIFICATE:
+        name = context.peer_identity().decode("utf-8", "replace")[:256]
+        call.identity = replace(call.identity, name=name)
     return call

@@ -19,9 +19,11 @@ import numpy as np
 import pyarrow as pa
 from fq_testing import check_row, reference_layer, request, same_bits, stored_as
 
+from flightquant import reference
 from flightquant.cython_core import engine as engine_module
 from flightquant.cython_core._arrow import ListColumn
 from flightquant.cython_core.engine import Engine, Limits
+from flightquant.cython_core.restore import QuantizedSession
 from flightquant.cython_core.validate import CheckedBatch, Request
 from flightquant.errors import FlightquantError, LayerError
 from flightquant.spec import OVERRIDE_KEYS, Command
@@ -32,6 +34,13 @@ TYPES: dict[str, tuple[str, str, pa.DataType | None]] = {
     for name in ("float32", "float16", "float64", "bfloat16", "bfloat16_binary")
     for kind in ("list", "large_list", "fixed_size_list")
 }
+QUANTIZED = {
+    "dequantize": ("dequantize", False),
+    "dequantize-large": ("dequantize", True),
+    "verify": ("verify", False),
+    "verify-large": ("verify", True),
+}
+"""Batches of quantized rows: the operation that they are sent to, and whether their offsets have 64 bits."""
 CANARY = b"\xc5\x1a\x9e\xb7\xd3\x8f\xa6\xe1"
 LIMITS = Limits(max_rows=1000, max_layer_bytes=1 << 20, max_batch_bytes=1 << 22)
 INTERESTING = (0, 1, -1, 5, 100, -7, 2**31 - 1, -(2**31), 10**6, 10**9, 2**62, 2**63 - 1, -(2**63), 4, 8, 64)
@@ -58,6 +67,74 @@ def valid_batch(kind: str) -> pa.RecordBatch:
             [names, *batch.columns[1:]], schema=batch.schema.set(0, pa.field("layer_name", names.type))
         )
     return batch
+
+
+def quantized_batch(kind: str) -> pa.RecordBatch:
+    """Eight small layers as six families answer them, with every column that has a pointer behind it."""
+    op, large = QUANTIZED[kind]
+    rng = np.random.default_rng(1)
+    schemes = ["int4", "int8", "q8_0", "fp8_e4m3", "nf4", "q5_1", "int3", "arrowquant"]
+    layers = {f"layers.{i}.w": rng.standard_normal((2, 64)).astype(np.float32) for i in range(len(schemes))}
+    columns = {
+        "scheme": pa.array(schemes),
+        "group_size": pa.array([32, None, None, None, None, None, 64, None], pa.int32()),
+        "symmetric": pa.array([False, True, True, True, True, True, False, True]),
+        "granularity": pa.array([None, "tensor", None, None, None, None, None, None]),
+        "x_note": pa.array(["a", None, "ccc", "", "e", "f", "g", "h"]),
+    }
+    sent = request(layers, columns=columns)
+    engine = Engine(n_threads=1)
+    batch = engine.session(sent.schema, Command.build(scheme="int4", metrics=False)).quantize(sent).batch
+    names = ["layer_name", "shape", "status", "error", "scheme", "packing", "bit_width", "group_size", "quantized_data"]
+    batch = batch.select([*names, "scales", "zero_points", "x_note"])
+    if large:
+        for name in ("layer_name", "scheme", "quantized_data", "scales", "zero_points", "shape"):
+            kind_of = batch.schema.field(name).type
+            if pa.types.is_list(kind_of):
+                kind_of = pa.large_list(kind_of.value_type)
+            else:
+                kind_of = pa.large_binary() if name == "quantized_data" else pa.large_utf8()
+            batch = batch.set_column(batch.schema.names.index(name), name, batch.column(name).cast(kind_of))
+    if op == "verify":
+        batch = batch.append_column(sent.schema.field("weights"), sent.column("weights"))
+    return batch
+
+
+def check_restored(batch: pa.RecordBatch, answer: Any, op: str) -> int:
+    """Compare every ``ok`` row with the reference; the number of such rows."""
+    answers = answer.batch
+    answers.validate(full=True)
+    assert answers.num_rows == batch.num_rows
+    good = 0
+    for i in range(batch.num_rows):
+        if answers.column("status")[i].as_py() != "ok":
+            continue
+        good += 1
+        row = batch.slice(i, 1)
+        shape = batch.column("shape")[i].as_py()
+        if 0 in shape:
+            continue
+        (weights,) = reference.dequantize(row).values()
+        nan = np.isnan(weights.reshape(-1))
+        if op == "verify":
+            given = batch.column("weights")[i].values.to_numpy().reshape(reference.matrix_shape(tuple(shape)))
+            assert np.isfinite(given).all()
+            zeros = row.column("zero_points")[0]
+            counted = row.column("scales")[0]
+            spec = reference.stored_spec(
+                row.column("scheme")[0].as_py(),
+                bit_width=row.column("bit_width")[0].as_py() if "bit_width" in row.schema.names else None,
+                group_size=row.column("group_size")[0].as_py() if "group_size" in row.schema.names else None,
+                one_scale=len(counted) == 1 and len(given) != 1 if counted.is_valid else None,
+                asymmetric=zeros.is_valid,
+            )
+            expected = reference.compare(given, weights.reshape(given.shape), spec)
+            np.testing.assert_array_equal(answer.sums[i], expected)
+            continue
+        got = answers.column("weights")[i].values.to_numpy()
+        assert (np.isnan(got) == nan).all()
+        same_bits(np.where(nan, 0, got).astype("f4"), np.where(nan, 0, weights.reshape(-1)).astype("f4"), "weights")
+    return good
 
 
 def mutate(stream: bytes, rng: np.random.Generator) -> bytes:
@@ -136,7 +213,8 @@ def unchecked(batch: pa.RecordBatch, request: Request, limits: Limits) -> Checke
 
 def run(kind: str, count: int, seed: int) -> dict[str, int]:
     """Try ``count`` mutations; the totals."""
-    batch = valid_batch(kind)
+    op = QUANTIZED[kind][0] if kind in QUANTIZED else "quantize"
+    batch = quantized_batch(kind) if kind in QUANTIZED else valid_batch(kind)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
@@ -146,7 +224,7 @@ def run(kind: str, count: int, seed: int) -> dict[str, int]:
         with open(os.environ["FLIGHTQUANT_FUZZ_AT"], "r+b") as file:
             at = mmap.mmap(file.fileno(), 8)
     engine = Engine(n_threads=2)
-    command = Command.build(scheme="int8", granularity="tensor")
+    command = Command.build(scheme="int8", granularity="tensor") if op == "quantize" else Command.build(op=op)
     totals = {"tried": 0, "unreadable": 0, "refused": 0, "answered": 0, "rows_ok": 0, "rows_failed": 0}
     for number in range(count):
         at[:8] = number.to_bytes(8, "little")
@@ -162,14 +240,19 @@ def run(kind: str, count: int, seed: int) -> dict[str, int]:
         for read in batches:
             fill_heap(len(stream))
             try:
-                session = engine.session(read.schema, command, LIMITS)
-                answer = session.quantize(read)
+                if op == "quantize":
+                    answer = engine.session(read.schema, command, LIMITS).quantize(read)
+                else:
+                    answer = QuantizedSession(engine, read.schema, command, LIMITS).answer(read)
             except (FlightquantError, LayerError) as error:
                 assert error.code in ("invalid_request", "too_large"), error.code
                 totals["refused"] += 1
                 continue
             totals["answered"] += 1
-            ok = check_answer(read, answer.batch, answer.sums, check_request_schema(read.schema), command)
+            if op == "quantize":
+                ok = check_answer(read, answer.batch, answer.sums, check_request_schema(read.schema), command)
+            else:
+                ok = check_restored(read, answer, op)
             totals["rows_ok"] += ok
             totals["rows_failed"] += read.num_rows - ok
             assert CANARY not in answer.batch.serialize().to_pybytes(), "a byte of the heap's last user was answered"

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from fq_ipc import DICTIONARY_BATCH, crafted, locate, read_first, serialized
-from fq_testing import check_row, reference_layer, request
+from fq_testing import check_row, reference_layer, request, same_bits
 
-from flightquant.cython_core.engine import Engine
+from flightquant import reference
+from flightquant.cython_core.engine import Engine, Limits
+from flightquant.cython_core.restore import QuantizedSession
 from flightquant.errors import FlightquantError
 from flightquant.spec import Command
 
@@ -37,6 +39,27 @@ LARGE = request(LAYERS, kind="large_list", columns={**COLUMNS, "layer_name": pa.
 FIXED = request(LAYERS, kind="fixed_size_list", columns=COLUMNS)
 NAMED = request(LAYERS, columns={"layer_name": pa.array(list(LAYERS)).cast(pa.dictionary(pa.int8(), pa.utf8()))})
 BATCHES = {"list": PLAIN, "large_list": LARGE, "fixed_size_list": FIXED, "dictionary": NAMED}
+
+
+QUANTIZED_COLUMNS = (
+    *("layer_name", "shape", "status", "scheme", "packing", "bit_width", "group_size"),
+    *("quantized_data", "scales", "zero_points", "x_note"),
+)
+WIDE = ("quantized_data", "scales", "zero_points")
+
+
+def _quantized() -> dict[str, pa.RecordBatch]:
+    command = Command.build(scheme="int4", group_size=32, symmetric=False)
+    sent = request(LAYERS, columns={"x_note": COLUMNS["x_note"]})
+    answer = Engine(n_threads=1).session(sent.schema, command).quantize(sent).batch.select(QUANTIZED_COLUMNS)
+    large = answer
+    for name in WIDE:
+        kind = pa.large_binary() if name == "quantized_data" else pa.large_list(pa.float32())
+        large = large.set_column(large.schema.names.index(name), name, large.column(name).cast(kind))
+    return {"quantized": answer, "quantized-large": large}
+
+
+QUANTIZED = _quantized()
 
 
 def integers(kind: str, *values: int) -> bytes:
@@ -92,7 +115,42 @@ def cases() -> dict[str, bytes]:
     for label, offsets in offset_cases(3).items():
         contents = {"dictionary.offsets": integers("list", *offsets)}
         made[f"dictionary: {label}"] = crafted(NAMED, contents=contents, message=DICTIONARY_BATCH)
-    return made | _row_counts()
+    return made | _row_counts() | _quantized_cases()
+
+
+def _quantized_cases() -> dict[str, bytes]:
+    """The same of quantized rows that come back."""
+    made = {}
+    for kind, batch in QUANTIZED.items():
+        made[f"{kind}: good"] = crafted(batch)
+        wide = kind.endswith("large")
+        units = {"layer_name": 3, "shape": 2, "quantized_data": 32, "scales": 2, "zero_points": 2, "scheme": 4}
+        for column, unit in (units | {"packing": 8, "x_note": 3}).items():
+            width = "large_list" if wide and column in WIDE else "list"
+            for label, offsets in offset_cases(unit).items():
+                contents = {f"{column}.offsets": integers(width, *offsets)}
+                made[f"{kind}: {column}: {label}"] = crafted(batch, contents=contents)
+        for part in ("quantized_data.values", "scales.item.values", "zero_points.item.values", "shape.item.values"):
+            for size in (0, 1, 4, 8, 12):
+                if size < len(batch) * units[part.split(".")[0]] * (1 if "data" in part else 4):
+                    made[f"{kind}: {part} of {size} bytes"] = crafted(batch, sizes={part: size})
+        for name in ("quantized_data", "scales", "zero_points", "shape"):
+            made[f"{kind}: {name}.offsets of 0 bytes"] = crafted(batch, sizes={f"{name}.offsets": 0})
+            for count in (1, 5, 100, -7, -(2**63)):
+                made[f"{kind}: {name}: {count} nulls without a bitmap"] = crafted(batch, nulls={name: count})
+        for name in ("scales.item", "zero_points.item"):
+            for length in (10**9, 2**62, 0, -1):
+                made[f"{kind}: {name} of length {length}"] = crafted(batch, lengths={name: length})
+            for count in (1, 5, 1000, -7):
+                made[f"{kind}: {name}: {count} nulls without a bitmap"] = crafted(batch, nulls={name: count})
+        for text in (b"\xff\xfe\xfd", b"a\xc3\x28"):
+            for column in ("scheme", "packing", "layer_name"):
+                changed = crafted(batch, contents={f"{column}.values": text})
+                made[f"{kind}: {column}: not UTF-8 {text!r}"] = changed
+        for count in (2**62, 65_537, 0, -1):
+            every = dict.fromkeys(batch.schema.names, count)
+            made[f"{count} rows in every column ({kind})"] = crafted(batch, rows=count, lengths=every)
+    return made
 
 
 def _sizes_and_lengths(kind: str, batch: pa.RecordBatch) -> dict[str, bytes]:
@@ -147,6 +205,8 @@ def outcome(engine: Engine, stream: bytes) -> dict[str, Any]:
     """The error's code and text, or each row's status; every ``ok`` row has been compared with the reference."""
     batch = read_first(stream)
     try:
+        if "quantized_data" in batch.schema.names:
+            return restored(engine, batch)
         answers = engine.session(batch.schema, COMMAND).quantize(batch).batch
     except FlightquantError as error:
         return {"code": error.code, "text": error.wire_message()}
@@ -155,6 +215,18 @@ def outcome(engine: Engine, stream: bytes) -> dict[str, Any]:
         if status == "ok":
             weights = batch.column("weights")[i].values.to_numpy()
             check_row(answers, i, reference_layer(weights, "float32", COMMAND))
+    return {"statuses": statuses}
+
+
+def restored(engine: Engine, batch: pa.RecordBatch) -> dict[str, Any]:
+    """Each row's status after ``op: dequantize``; every ``ok`` row has been compared with the reference."""
+    command = Command.build(op="dequantize")
+    answers = QuantizedSession(engine, batch.schema, command, Limits()).answer(batch).batch
+    statuses = answers.column("status").to_pylist()
+    for i, status in enumerate(statuses):
+        if status == "ok":
+            (weights,) = reference.dequantize(batch.slice(i, 1)).values()
+            same_bits(answers.column("weights")[i].values.to_numpy(), weights.reshape(-1), "weights")
     return {"statuses": statuses}
 
 

@@ -48,7 +48,7 @@ def _names(path: str, kind: pa.DataType) -> tuple[list[str], list[str]]:
         own = [f"{path}.validity"]
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
         own = [f"{path}.validity", f"{path}.offsets"]
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    elif kind in (pa.utf8(), pa.large_utf8(), pa.binary(), pa.large_binary()):
         return [path], [f"{path}.validity", f"{path}.offsets", f"{path}.values"]
     else:
         return [path], [f"{path}.validity", f"{path}.values"]

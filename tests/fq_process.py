@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
+from flightquant.server import heap
+
 SERVE = "import typer; from flightquant.server.cli import serve; typer.run(serve)"
 FREE_PORTS = ("--location", "grpc://127.0.0.1:0", "--metrics-port", "0", "--health-port", "0")
 
@@ -59,7 +61,7 @@ def server_process(*options: str, env: Mapping[str, str | None] | None = None) -
     env : mapping, optional
         Variables to set, or with None to unset. By default the one that saves the second start is set.
     """
-    variables = {**os.environ, "MALLOC_ARENA_MAX": "1", **(env or {})}
+    variables = {**os.environ, heap.VARIABLE: heap.TUNABLES, **(env or {})}
     # A pipe that nobody reads would stop the server once it is full.
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(

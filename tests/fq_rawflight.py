@@ -60,7 +60,8 @@ class RawReply:
 def raw_exchange(location: str, messages: Iterable[bytes], timeout: float = 30.0) -> RawReply:
     """Send these messages as a DoExchange and half-close."""
     received: list[bytes] = []
-    with grpc.insecure_channel(location.removeprefix("grpc://")) as channel:
+    options = [("grpc.max_receive_message_length", -1)]
+    with grpc.insecure_channel(location.removeprefix("grpc://"), options) as channel:
         call = channel.stream_stream(METHOD)(iter(messages), timeout=timeout)
         try:
             received.extend(call)

@@ -19,7 +19,7 @@ from flightquant.errors import LayerError
 from flightquant.reference import QuantizedLayer, quality
 from flightquant.spec import Command
 
-GOLDEN = Path(__file__).parent / "golden" / "golden.npz"
+GOLDEN = Path(__file__).parent / "golden"
 STORAGE: dict[str, Any] = {
     "float32": np.float32,
     "float16": np.float16,
@@ -50,8 +50,12 @@ class GoldenCase:
 
 @lru_cache(maxsize=1)
 def golden_cases() -> tuple[GoldenCase, ...]:
-    """The stored answers of compressed-tensors and gguf (tests/golden/make_golden.py)."""
-    with np.load(GOLDEN) as stored:
+    """The stored answers of the libraries, of every family (tests/golden/make_golden.py)."""
+    return tuple(case for path in sorted(GOLDEN.glob("*.npz")) for case in _family(path))
+
+
+def _family(path: Path) -> list[GoldenCase]:
+    with np.load(path) as stored:
         arrays = {name: stored[name] for name in stored.files}
     index = json.loads(arrays["index"].tobytes())["cases"]
     at = [0, 0, 0]
@@ -67,7 +71,7 @@ def golden_cases() -> tuple[GoldenCase, ...]:
         cases.append(
             GoldenCase(label, dtype, weights, options, data, scales if sizes[1] else None, zeros if sizes[2] else None)
         )
-    return tuple(cases)
+    return cases
 
 
 def stored_as(values: Array, dtype: str) -> Array:

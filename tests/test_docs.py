@@ -12,6 +12,7 @@ from flightquant import errors, spec, wire
 ROOT = Path(__file__).parents[1]
 CONTRACT = (ROOT / "docs/contract.md").read_text()
 README = (ROOT / "README.md").read_text()
+FORMATS = {page.name: page.read_text() for page in (ROOT / "docs/formats").glob("*.md")}
 
 
 def test_the_readme_shows_the_stock_client_as_it_is_tested() -> None:
@@ -22,13 +23,21 @@ def test_the_readme_shows_the_stock_client_as_it_is_tested() -> None:
 
 @pytest.mark.parametrize("scheme", spec.SCHEMES)
 def test_every_scheme_is_documented(scheme: str) -> None:
-    assert f"`{scheme}`" in (ROOT / "docs/formats.md").read_text()
+    index = (ROOT / "docs/formats.md").read_text()
+    assert f"`{scheme}`" in index
     assert f"`{scheme}`" in README
 
 
-@pytest.mark.parametrize("packing", sorted({scheme.packing for scheme in spec.SCHEMES.values()}))
+@pytest.mark.parametrize("page", FORMATS)
+def test_every_page_of_a_format_is_in_the_index(page: str) -> None:
+    assert f"(formats/{page})" in (ROOT / "docs/formats.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "packing", sorted({packing for scheme in spec.SCHEMES.values() for packing in scheme.packings})
+)
 def test_every_packing_is_documented(packing: str) -> None:
-    assert f"packing: {packing}`" in (ROOT / "docs/formats.md").read_text()
+    assert any(f"packing: {packing}`" in text or f"| `{packing}`" in text for text in FORMATS.values())
 
 
 @pytest.mark.parametrize("name", [field.name for field in wire.ANSWER_FIELDS] + list(spec.OVERRIDE_KEYS))

@@ -18,6 +18,7 @@ import flightquant
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {
     "flightquant": ROOT / "src" / "flightquant",
+    "flightquant.benchmarks": ROOT / "benchmarks",
     "flightquant.client": ROOT / "client",
     "flightquant.cython_core": ROOT / "cython_core",
     "flightquant.server": ROOT / "server",

@@ -1,31 +1,59 @@
-"""The console script: what it says when something is wrong, in one sentence and without a traceback."""
+"""The console script: what it says when something is wrong, in one sentence and without a traceback.
+
+Exit codes: 0; 1 for a failure; 2 for wrong usage; 3 where ``verify`` found layers beyond a threshold; 130 after Ctrl-C.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 
 from flightquant.errors import FlightquantError
 
-_EXTRAS = {"typer": "cli", "rich": "cli", "grpc": "server", "grpc_health": "server", "prometheus_client": "server"}
+_EXTRAS = {
+    "typer": "cli",
+    "click": "cli",
+    "rich": "cli",
+    "yaml": "cli",
+    "gguf": "files",
+    "fsspec": "files",
+    "grpc": "server",
+    "jwt": "jwt",
+    "grpc_health": "server",
+    "prometheus_client": "server",
+}
 
 
 def main() -> None:
-    """Run ``flightquant`` with the process's arguments and exit: 0, 1 for a failure, 2 for wrong usage."""
+    """Run ``flightquant`` with the process's arguments and exit."""
     try:
-        from flightquant.client.cli.commands import app
+        from flightquant.client.cli.commands import app, usage_sentence
 
-        app(prog_name="flightquant")
+        with usage_sentence():
+            sys.exit(app(prog_name="flightquant", standalone_mode=False) or 0)
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get((error.name or "").split(".")[0])
         if extra is None:
             raise
-        _fail(f'this command needs the package {error.name}; install it with: pip install "flightquant[{extra}]"')
+        fail(f'this command needs the package {error.name}; install it with: pip install "flightquant[{extra}]"')
     except FlightquantError as error:
-        _fail(error.message)
+        fail(_with_notes(error.message, error))
+    except BrokenPipeError:
+        # Whoever read our output, such as head, has enough; Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+        text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error.strerror
+        fail(_with_notes(text or str(error), error))
+    except KeyboardInterrupt as error:
+        fail(_with_notes("interrupted", error), 130)
 
 
-def _fail(sentence: str) -> None:
-    print(f"flightquant: {sentence}", file=sys.stderr)  # noqa: T201
-    sys.exit(1)
+def _with_notes(text: str, error: BaseException) -> str:
+    return "; ".join([text, *getattr(error, "__notes__", ())])
+
+
+def fail(sentence: str, code: int = 1) -> None:
+    """Say a sentence on standard error and exit."""
+    print(f"flightquant: {' '.join(sentence.split())}", file=sys.stderr)  # noqa: T201
+    sys.exit(code)

@@ -3,83 +3,58 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from enum import StrEnum
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Annotated
 
-import pyarrow as pa
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.table import Column
-from rich.text import Text
 
 from flightquant import __version__
-from flightquant.client import QuantClient
-from flightquant.client.cli.in_process import in_process
-from flightquant.client.cli.report import console, print_conversion, print_inspection, size
-from flightquant.client.convert import convert
-from flightquant.client.safetensors import SafetensorsFile
-from flightquant.layers import Layer
-from flightquant.spec import Command
+from flightquant.client.cli import fail
+from flightquant.client.cli.compare import JsonFlag, dequantize, ping, verify
+from flightquant.client.cli.quantize import EXAMPLES, quantize
+from flightquant.client.cli.report import console, print_inspection, print_json, print_schemes, scheme_rows
+from flightquant.client.sources import open_source
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
     name="flightquant",
     help="Exact quantization of neural-network weights at memory speed, in-process or over Arrow Flight.",
+    epilog="Exit codes: 0; 1 for a failure; 2 for wrong usage; 3 where verify found layers beyond a threshold; 130 "
+    "after Ctrl-C.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings=_HELP,
 )
 
-_QUANTIZE_HELP = (
-    "Quantize a checkpoint into the compressed-tensors layout.\n\nTwo-dimensional float tensors named *.weight are "
-    "quantized, except embeddings, norms, the output layer and expert routers. All others are copied as they are."
-)
-_QUANTIZE_EXAMPLES = """
-[bold]Examples[/]
 
-  flightquant quantize model.safetensors -o model-int4.safetensors
-
-  flightquant quantize model.safetensors -o out.safetensors --scheme int8
-
-  flightquant quantize model.safetensors -o out.safetensors --keep '*.down_proj'
-
-  flightquant quantize model.safetensors -o out.safetensors --server grpc://host:8815
-"""
+# typer brings its own click or the installed one, by its version; what it exports tells which.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+_ClickError: type[Exception] = _UsageError.__bases__[0]
 
 
-class SchemeName(StrEnum):
-    """The schemes' names."""
-
-    int4 = "int4"
-    int8 = "int8"
-    q8_0 = "q8_0"
-    q4_0 = "q4_0"
-
-
-class Granularity(StrEnum):
-    """What one scale covers."""
-
-    group = "group"
-    channel = "channel"
-    tensor = "tensor"
-
-
-class ScaleDtype(StrEnum):
-    """To what scales are rounded."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
+@contextlib.contextmanager
+def usage_sentence() -> Iterator[None]:
+    """Wrong usage as one sentence and exit code 2."""
+    try:
+        yield
+    except _ClickError as error:
+        text: str = error.format_message()  # type: ignore[attr-defined]
+        context = getattr(error, "ctx", None)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(text or context.get_help())  # type: ignore[union-attr]
+            raise SystemExit(2) from None
+        where = context.command_path if context else "flightquant"
+        usage = isinstance(error, _UsageError)
+        fail(f"{text.rstrip('.')}; see {where} --help" if usage else text, 2 if usage else 1)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(shown: bool) -> None:
+    if shown:
         typer.echo(f"flightquant {__version__}")
         raise typer.Exit
 
@@ -93,116 +68,35 @@ def _root(
     pass
 
 
-@app.command(help=_QUANTIZE_HELP, epilog=_QUANTIZE_EXAMPLES)
-def quantize(  # noqa: D103 - its help is what people read
-    model: Annotated[Path, typer.Argument(metavar="FILE", help="A safetensors file.", show_default=False)],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write.", show_default=False)],
-    scheme: Annotated[SchemeName, typer.Option(help="The format of the weights.")] = SchemeName.int4,
-    group_size: Annotated[
-        int | None, typer.Option(help="Weights for each scale: 32, 64, 128 or 256.", show_default="128 for int4")
-    ] = None,
-    granularity: Annotated[
-        Granularity | None, typer.Option(help="What one scale covers.", show_default="group for int4, channel for int8")
-    ] = None,
-    symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")] = True,
-    scale_dtype: Annotated[
-        ScaleDtype | None, typer.Option(help="Dtype of the scales.", show_default="the weights' own")
-    ] = None,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Leave weights of these names as they are; may be repeated."),
-    ] = None,
-    server: Annotated[
-        str | None,
-        typer.Option(metavar="URI", help="Quantize on this server, such as grpc://host:8815; else on this machine."),
-    ] = None,
-    timeout: Annotated[float | None, typer.Option(metavar="S", help="Deadline of the server's work.")] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Compute threads on this machine.", show_default="all it may use")
-    ] = None,
-) -> None:
-    command = Command.build(
-        scheme=scheme.value,
-        group_size=group_size,
-        granularity=granularity.value if granularity else None,
-        symmetric=symmetric,
-        scale_dtype=scale_dtype.value if scale_dtype else None,
-    )
-    with SafetensorsFile(model) as source:
-        result = convert(source, output, command, _quantizer(command, server, timeout, threads), keep or [])
-    print_conversion(console(), result, str(output))
+app.command(epilog=EXAMPLES)(quantize)
+app.command(epilog="[bold]Example[/]\n\n  flightquant dequantize model-w4a16/ -o model-again/ --dtype bfloat16")(
+    dequantize
+)
+app.command(epilog="[bold]Example[/]\n\n  flightquant verify model/ model-w4a16/ --min-sqnr 15")(verify)
+app.command()(ping)
 
 
-def _quantizer(
-    command: Command, server: str | None, timeout_s: float | None, threads: int | None
-) -> Callable[[Mapping[str, Layer]], Iterator[pa.RecordBatch]]:
-    def quantize_all(layers: Mapping[str, Layer]) -> Iterator[pa.RecordBatch]:
-        with LayerProgress(layers) as progress:
-            if server is None:
-                yield from in_process(layers, command, progress.tell, threads)
-                return
-            with QuantClient(server, timeout_s=timeout_s) as client:
-                yield from client.stream(
-                    layers,
-                    command.scheme,
-                    granularity=command.granularity,
-                    group_size=command.group_size,
-                    symmetric=command.symmetric,
-                    scale_dtype=command.scale_dtype,
-                    progress=progress.tell,
-                )
-
-    return quantize_all
-
-
-class _BytesColumn(ProgressColumn):
-    """Bytes done of all, and how fast."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        rate = f"{speed / 1e9:.2f} GB/s" if speed else ""
-        done = f"{size(task.completed)} of {size(task.total or 0)}  {rate:>9}"
-        return Text(done, style="progress.download", no_wrap=True)
-
-
-class LayerProgress(contextlib.AbstractContextManager["LayerProgress"]):
-    """A progress bar in bytes of weights, on standard error, that names the current layer.
-
-    Parameters
-    ----------
-    layers : mapping of str to Layer
-        All layers that will be told of.
-    """
-
-    def __init__(self, layers: Mapping[str, Layer]) -> None:
-        self._sizes = {name: layer.nbytes for name, layer in layers.items()}
-        self._done: dict[str, float] = dict.fromkeys(layers, 0.0)
-        current = TextColumn("{task.description}", style="cyan", table_column=Column(no_wrap=True, overflow="ellipsis"))
-        columns = (BarColumn(24), _BytesColumn(), TimeRemainingColumn(compact=True), current)
-        self._progress = Progress(*columns, console=Console(stderr=True))
-        self._task = self._progress.add_task("", total=sum(self._sizes.values()))
-
-    def __enter__(self) -> LayerProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def tell(self, name: str, fraction: float) -> None:
-        """The client's progress callback."""
-        advance = (fraction - self._done[name]) * self._sizes[name]
-        self._done[name] = fraction
-        self._progress.update(self._task, advance=advance, description=name)
-
-
-@app.command(epilog="[bold]Example[/]\n\n  flightquant inspect model-int4.safetensors")
+@app.command(epilog="[bold]Example[/]\n\n  flightquant inspect model-int4/")
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A safetensors file.", show_default=False)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A file, folder, data set or URI.", show_default=False)],
+    as_json: JsonFlag = False,
 ) -> None:
-    """Show what a safetensors file holds: schemes, shapes, sizes, ranges of the scales, metadata."""
-    with SafetensorsFile(file) as source:
-        print_inspection(console(), source)
+    """Show what a model holds: schemes, shapes, sizes, ranges of the scales, metadata."""
+    with open_source(model) as source:
+        if as_json:
+            tensors = {name: asdict(meta) for name, meta in source.tensors.items()}
+            print_json({"tensors": tensors, "metadata": source.metadata})
+        else:
+            print_inspection(console(), source)
+
+
+@app.command()
+def schemes(as_json: JsonFlag = False) -> None:
+    """List the number formats, and the presets that use them."""
+    if as_json:
+        print_json(scheme_rows())
+    else:
+        print_schemes(console())
 
 
 @app.command(
@@ -221,3 +115,32 @@ def serve(context: typer.Context) -> None:
     )
     server.command()(run)
     server(args=context.args, prog_name="flightquant serve")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def bench(context: typer.Context) -> None:
+    """Measure kernels and exchange on this machine.
+
+    Its own help: flightquant bench --help
+    """
+    from flightquant.benchmarks.cli import app as benchmarks
+
+    benchmarks(args=context.args, prog_name="flightquant bench")
+
+
+@app.command()
+def token(
+    name: Annotated[str, typer.Argument(help="Who it is for; stands in the server's log.")],
+    roles: Annotated[str, typer.Option(help="What it may do: quantize, sources.")] = "quantize",
+) -> None:
+    """Make a bearer token: its line for the server's token file on standard output, the token on standard error."""
+    from flightquant.server.auth import new_token
+
+    try:
+        secret, line = new_token(name, roles)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    typer.echo(line)
+    typer.echo(secret, err=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from flightquant.client import compressed
-from flightquant.client.convert import Conversion, LayerResult
-from flightquant.client.safetensors import FLOATS, SafetensorsFile
+from flightquant.client.convert import Conversion
+from flightquant.client.recipes import Plan, available_presets, module_of
+from flightquant.client.safetensors import FLOATS
+from flightquant.client.sinks import LayerResult
+from flightquant.client.sources import Source
+from flightquant.layers import layer_class
+from flightquant.reference.numeric import widen
+from flightquant.spec import SCHEMES
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -53,7 +61,7 @@ def layer_table(layers: Sequence[LayerResult], width: int) -> Table:
         table.add_column(headings[i] if wide else headings[i].split()[0], justify="right", no_wrap=True)
     classes: dict[str, list[LayerResult]] = {}
     for layer in layers:
-        classes.setdefault(compressed.module_of(layer.layer_class), []).append(layer)
+        classes.setdefault(module_of(layer.layer_class), []).append(layer)
     for name, members in classes.items():
         cells = _sums(members)
         table.add_row(name, *(cells[i] for i in shown))
@@ -66,15 +74,15 @@ def layer_table(layers: Sequence[LayerResult], width: int) -> Table:
 def _sums(layers: Sequence[LayerResult]) -> list[str]:
     weights = sum(layer.weights for layer in layers)
     bytes_out = sum(layer.bytes_out for layer in layers)
-    ratios = [layer.sqnr_db for layer in layers]
+    ratios = [layer.sqnr_db for layer in layers if layer.sqnr_db is not None]
     return [
         str(len(layers)),
         count(weights),
         size(sum(layer.bytes_in for layer in layers)),
         size(bytes_out),
         f"{8 * bytes_out / weights:.2f}",
-        f"{np.mean(ratios):.1f}",
-        f"{min(ratios):.1f}",
+        f"{np.mean(ratios):.1f}" if ratios else "",
+        f"{min(ratios):.1f}" if ratios else "",
         f"{sum(layer.kernel_ns for layer in layers) / 1e6:.1f} ms",
     ]
 
@@ -92,17 +100,105 @@ def print_conversion(console: Console, result: Conversion, target: str) -> None:
         f"{size(copied)} copied",
         highlight=False,
     )
-    if result.kept:
-        why = Counter(_broad(reason) for reason in result.kept.values())
-        listed = ", ".join(f"{number} {reason}" for reason, number in why.most_common())
-        console.print(
-            f"kept as they are: {len(result.kept)} tensors, {size(result.kept_bytes)} ({listed})", highlight=False
-        )
-    share = result.file_bytes_out / result.file_bytes_in
+    if result.resumed:
+        console.print(f"{result.resumed} of them had been written by an earlier call", highlight=False)
+    _print_kept(console, result.kept, result.kept_bytes)
+    share = result.bytes_out / result.bytes_in
     console.print(
-        f"[green]{target}[/]: {size(result.file_bytes_out)}, {share:.0%} of {size(result.file_bytes_in)}",
+        f"[green]{target}[/]: {size(result.bytes_out)}, {share:.0%} of {size(result.bytes_in)}",
         highlight=False,
+        soft_wrap=True,
     )
+
+
+def conversion_facts(result: Conversion, target: str) -> dict[str, Any]:
+    """What a program wants to know of a conversion."""
+    facts = asdict(result)
+    return {"output": target, **facts}
+
+
+def plan_facts(plan: Plan, source: Source, nbytes: Mapping[str, int], seconds: float | None) -> dict[str, Any]:
+    """What a program wants to know of a plan."""
+    layers = {
+        name: {
+            "scheme": command.scheme,
+            "shape": source.tensors[name].shape,
+            "bytes_in": source.tensors[name].nbytes,
+            "bytes_out": nbytes[name],
+        }
+        for name, command in plan.commands.items()
+    }
+    kept = sum(source.tensors[name].nbytes for name in plan.kept)
+    return {"target": plan.target, "layers": layers, "kept": plan.kept, "kept_bytes": kept, "kernel_seconds": seconds}
+
+
+def print_plan(console: Console, plan: Plan, source: Source, nbytes: Mapping[str, int], seconds: float | None) -> None:
+    """What a conversion would do: one line for each layer class and scheme, and the total."""
+    table = Table(pad_edge=False, box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("layer class", overflow="fold", style="cyan")
+    table.add_column("scheme", no_wrap=True)
+    for heading in ("n", "in", "out"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    classes: dict[tuple[str, str], list[str]] = {}
+    for name, command in plan.commands.items():
+        classes.setdefault((module_of(layer_class(name)), command.scheme), []).append(name)
+    for (name, scheme), members in classes.items():
+        table.add_row(name, scheme, *_plan_cells(members, source, nbytes))
+    table.add_section()
+    table.add_row("all", "", *_plan_cells(list(plan.commands), source, nbytes), style="bold")
+    console.print(table)
+    console.print()
+    _print_kept(console, plan.kept, sum(source.tensors[name].nbytes for name in plan.kept))
+    kept = 0 if plan.target in ("parquet", "arrow") else sum(source.tensors[name].nbytes for name in plan.kept)
+    before = sum(meta.nbytes for meta in source.tensors.values())
+    after = kept + sum(nbytes.values())
+    took = "" if seconds is None else f"; kernels about {seconds:.2f} s on this machine, reading and writing beside it"
+    console.print(
+        f"{plan.target}: {size(after)}, {after / before:.0%} of {size(before)}{took}; nothing was done",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _plan_cells(names: Sequence[str], source: Source, nbytes: Mapping[str, int]) -> list[str]:
+    before = sum(source.tensors[name].nbytes for name in names)
+    return [str(len(names)), size(before), size(sum(nbytes[name] for name in names))]
+
+
+def print_json(facts: Any) -> None:
+    """One JSON object on standard output."""
+    print(json.dumps(facts))  # noqa: T201
+
+
+def scheme_rows() -> dict[str, Any]:
+    """The schemes and presets, for programs."""
+    return {"schemes": [asdict(scheme) for scheme in SCHEMES.values()], "presets": available_presets()}
+
+
+def print_schemes(console: Console) -> None:
+    """The schemes and presets, one line each."""
+    table = Table(pad_edge=False, box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("scheme", "bits", "granularity", "group sizes", "bit for bit", "what"):
+        table.add_column(heading, overflow="fold")
+    for scheme in SCHEMES.values():
+        sizes = ", ".join(map(str, scheme.group_sizes))
+        granularities = ", ".join(scheme.granularities)
+        table.add_row(scheme.name, str(scheme.bits), granularities, sizes, scheme.exact_with, scheme.summary)
+    console.print(table)
+    console.print()
+    presets = Table(pad_edge=False, box=None, padding=(0, 2, 0, 0), header_style="bold")
+    presets.add_column("preset")
+    presets.add_column("recipe")
+    for name, keys in available_presets().items():
+        presets.add_row(name, ", ".join(f"{key}: {value}" for key, value in keys.items()))
+    console.print(presets)
+
+
+def _print_kept(console: Console, kept: Mapping[str, str], nbytes: int) -> None:
+    if kept:
+        why = Counter(_broad(reason) for reason in kept.values())
+        listed = ", ".join(f"{number} {reason}" for reason, number in why.most_common())
+        console.print(f"kept as they are: {len(kept)} tensors, {size(nbytes)} ({listed})", highlight=False)
 
 
 def _broad(reason: str) -> str:
@@ -110,7 +206,7 @@ def _broad(reason: str) -> str:
     return "of other than two dimensions" if reason.startswith("shape") else reason
 
 
-def print_inspection(console: Console, file: SafetensorsFile) -> None:
+def print_inspection(console: Console, file: Source) -> None:
     """Every tensor of a file, quantized weights as one line each."""
     args = compressed.read_configuration(file.metadata)
     table = Table(pad_edge=False, box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -119,6 +215,11 @@ def print_inspection(console: Console, file: SafetensorsFile) -> None:
     for heading in ("shape", "bits/w", "size", "scales"):
         table.add_column(heading, justify="right", no_wrap=True)
     quantized = [name.removesuffix("_packed") for name in file.tensors if name.endswith(".weight_packed")]
+    quantized += [
+        name
+        for name, info in file.tensors.items()
+        if info.dtype == compressed.FLOAT8 and f"{name}_scale" in file.tensors
+    ]
     parts = {f"{name.removesuffix('weight')}{suffix}" for name in quantized for suffix in compressed.SUFFIXES}
     dense = [name for name in file.tensors if name not in parts]
     weights = packed = 0
@@ -153,11 +254,15 @@ def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def _quantized_row(file: SafetensorsFile, name: str, args: dict[str, Any] | None) -> tuple[list[str], int, int]:
+def _quantized_row(file: Source, name: str, args: dict[str, Any] | None) -> tuple[list[str], int, int]:
     base = name.removesuffix("weight")
     nbytes = sum(file.tensors[base + suffix].nbytes for suffix in compressed.SUFFIXES if base + suffix in file.tensors)
     info = file.tensors.get(f"{base}weight_shape")
-    shape = file.array(f"{base}weight_shape").tolist() if info is not None and info.dtype == "I64" else []
+    shape = []
+    if info is not None and info.dtype == "I64":
+        shape = np.frombuffer(file.load(f"{base}weight_shape").data, "<i8").tolist()
+    if name in file.tensors:
+        shape = list(file.tensors[name].shape)
     n = int(np.prod(shape)) if shape else 0
     cells = [name, _scheme(args), _shape(shape), f"{8 * nbytes / n:.2f}" if n else "", size(nbytes)]
     return [*cells, _scale_range(file, f"{base}weight_scale")], n, nbytes
@@ -171,11 +276,10 @@ def _scheme(args: dict[str, Any] | None) -> str:
     return f"{args.get('type', 'int')}{args.get('num_bits', '?')} {covers} {sign}"
 
 
-def _scale_range(file: SafetensorsFile, name: str) -> str:
+def _scale_range(file: Source, name: str) -> str:
     info = file.tensors.get(name)
     if info is None or info.dtype not in FLOATS or not info.nbytes:
         return ""
-    scales = file.array(name)
-    if info.dtype == "BF16":
-        scales = (scales.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    layer = file[name]
+    scales = widen(layer.data, layer.dtype)
     return f"{scales.min():.2g} .. {scales.max():.2g} {info.dtype}"

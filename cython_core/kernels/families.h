@@ -7,6 +7,21 @@
 void FQ_NAME(integer_reduce)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 void FQ_NAME(integer_parameters)(const fq_job *job, const fq_range *ranges, int64_t count, float *scales, float *zeros);
 void FQ_NAME(integer_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
+void FQ_NAME(float8_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
+void FQ_NAME(affine_reduce)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
+void FQ_NAME(affine_parameters)(const fq_job *job, const fq_range *ranges, int64_t count, float *scales, float *zeros);
+void FQ_NAME(affine_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
+/* Codes in two's complement as the dense stream of the job's width, for other families too. */
+void FQ_NAME(pack_codes)(const fq_job *job, int64_t begin, int64_t n, int8_t *codes);
+void FQ_NAME(mlx_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
+void FQ_NAME(repack)(const fq_job *job, int64_t row, int64_t end);
+void FQ_NAME(codebook_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
+void FQ_NAME(kquants_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
+void FQ_NAME(iq4_nl_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
+void FQ_NAME(micro_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
+void FQ_NAME(nvfp4_parameters)(const fq_job *job, const fq_range *range, float *global);
 void FQ_NAME(gguf_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
+int FQ_NAME(restores)(int32_t family);
+void FQ_NAME(restore)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 
 #endif

@@ -12,7 +12,12 @@
 
 #include "fq.h"
 
+/* With the sanitizers' checks in each of its copies such a file compiles for minutes. */
+#if defined(__SANITIZE_ADDRESS__) && defined(FQ_MANY_COPIES)
+#define FQ_INLINE static inline
+#else
 #define FQ_INLINE static inline __attribute__((always_inline))
+#endif
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include "simd_avx512.h"
@@ -61,7 +66,9 @@ FQ_MAP2(vi_and, vi, pi_and)
 FQ_MAP2(vi_or, vi, pi_or)
 FQ_MAP2(vi_xor, vi, pi_xor)
 FQ_MAP2(vi_max, vi, pi_max)                     /* signed */
+FQ_MAP2(vi_min, vi, pi_min)                     /* signed */
 FQ_MAP2(vf_max_magnitude, vf, pf_max_magnitude) /* the second operand is a magnitude already */
+FQ_MAP1(vf_sqrt, vf, vf, pf_sqrt)
 FQ_MAP1(vf_bits, vi, vf, pf_bits)
 FQ_MAP1(vi_float, vf, vi, pi_float)     /* the float32 with these bits */
 FQ_MAP1(vf_nearest, vi, vf, pf_nearest) /* to int32, ties to even */
@@ -69,6 +76,30 @@ FQ_MAP1(vf_truncate, vi, vf, pf_truncate)
 FQ_MAP1(vi_convert, vf, vi, pi_convert) /* int32 to float32 */
 
 FQ_MAP1(vi_upper_half, vi, vi, pi_upper_half) /* the upper 16 bits, in the lower ones */
+
+/* Shifted right by a constant; copies of the sign come in from the left. */
+#define FQ_SHIFT(n)                                                                                                    \
+  FQ_INLINE vi vi_shift_##n(vi a) {                                                                                    \
+    vi r;                                                                                                              \
+    FQ_EACH r.p[k] = pi_shift_right(a.p[k], n);                                                                        \
+    return r;                                                                                                          \
+  }
+FQ_SHIFT(20)
+FQ_SHIFT(21)
+FQ_SHIFT(22)
+FQ_SHIFT(24)
+FQ_SHIFT(28)
+FQ_SHIFT(31)
+
+/* Shifted left by a constant, so that a code's lowest bit becomes the lowest of a mantissa of so many bits. */
+#define FQ_SHIFT_LEFT(n)                                                                                               \
+  FQ_INLINE vi vi_shift_left_##n(vi a) {                                                                               \
+    vi r;                                                                                                              \
+    FQ_EACH r.p[k] = pi_shift_left(a.p[k], n);                                                                         \
+    return r;                                                                                                          \
+  }
+FQ_SHIFT_LEFT(20)
+FQ_SHIFT_LEFT(21)
 
 FQ_INLINE vf vf_set(float a) {
   vf r;
@@ -89,6 +120,32 @@ FQ_INLINE void vf_store(float *to, vf a) { FQ_EACH pf_store(to + k * FQ_PART, a.
 FQ_INLINE vf vf_where_zero(vf test, vf a, vf b) {
   vf r;
   FQ_EACH r.p[k] = pf_where_zero(test.p[k], a.p[k], b.p[k]);
+  return r;
+}
+/* x where a < b, else y, of a NaN too. */
+FQ_INLINE vf vf_where_less(vf a, vf b, vf x, vf y) {
+  vf r;
+  FQ_EACH r.p[k] = pf_where_less(a.p[k], b.p[k], x.p[k], y.p[k]);
+  return r;
+}
+/* How many of 15 bounds lie below each lane, 0 for NaN. They stand as a heap: the middle one at 1, what lies below the
+ * bound at k from 2k on, what lies above it from 2k + 1 on. */
+FQ_INLINE vi vf_count_below(vf a, const float *heap) {
+  vi r;
+  FQ_EACH r.p[k] = pf_count_below(a.p[k], heap);
+  return r;
+}
+/* The values at indices of 0 to 15. */
+FQ_INLINE vf vi_lookup_16(vi index, const float *values) {
+  vf r;
+  FQ_EACH r.p[k] = pi_lookup_16(index.p[k], values);
+  return r;
+}
+
+/* 16 signed bytes. */
+FQ_INLINE vi vi_load_i8(const int8_t *a) {
+  vi r;
+  FQ_EACH r.p[k] = pi_load_i8(a + k * FQ_PART);
   return r;
 }
 

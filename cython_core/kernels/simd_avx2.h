@@ -13,6 +13,7 @@ typedef __m256i pi;
 #define pf_div _mm256_div_ps
 #define pf_min _mm256_min_ps
 #define pf_max _mm256_max_ps
+#define pf_sqrt _mm256_sqrt_ps
 #define pf_fma _mm256_fmadd_ps
 #define pf_fnma _mm256_fnmadd_ps
 #define pf_bits _mm256_castps_si256
@@ -29,7 +30,11 @@ typedef __m256i pi;
 #define pi_and _mm256_and_si256
 #define pi_or _mm256_or_si256
 #define pi_max _mm256_max_epi32
+#define pi_min _mm256_min_epi32
 #define pi_upper_half(a) _mm256_srli_epi32(a, 16)
+#define pi_shift_right(a, n) _mm256_srai_epi32(a, n) /* copies of the sign come in from the left */
+#define pi_shift_left _mm256_slli_epi32
+#define pi_load_i8(a) _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(a)))
 
 FQ_INLINE int32_t pi_highest(pi a) {
   __m128i r = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
@@ -72,6 +77,8 @@ FQ_INLINE void pf_store_f16(char *to, pf a) {
 FQ_INLINE pf pf_where_zero(pf test, pf a, pf b) {
   return _mm256_blendv_ps(b, a, _mm256_cmp_ps(test, _mm256_setzero_ps(), _CMP_EQ_OQ));
 }
+/* x where a < b, else y, of a NaN too. */
+FQ_INLINE pf pf_where_less(pf a, pf b, pf x, pf y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 
 /* 64 int32 as 64 saturated int8, in order. */
 FQ_INLINE void pack_64(int8_t *to, const pi *a) {
@@ -92,8 +99,52 @@ FQ_INLINE void pack_nibbles_64(uint8_t *to, const int8_t *codes) {
   _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8));
 }
 
+/* 64 codes of -2 to 1, plus 2, as 16 bytes: code 4i in the lowest two bits of byte i, code 4i + 3 in the highest. */
+FQ_INLINE void pack_quarters_64(uint8_t *to, const int8_t *codes) {
+  const __m256i weights = _mm256_set1_epi16(0x0401), pairs = _mm256_set1_epi32(0x00100001);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5);
+  const __m256i first = _mm256_add_epi8(_mm256_loadu_si256((const __m256i *)codes), _mm256_set1_epi8(2));
+  const __m256i second = _mm256_add_epi8(_mm256_loadu_si256((const __m256i *)(codes + 32)), _mm256_set1_epi8(2));
+  const __m256i low = _mm256_madd_epi16(_mm256_maddubs_epi16(first, weights), pairs);
+  const __m256i high = _mm256_madd_epi16(_mm256_maddubs_epi16(second, weights), pairs);
+  const __m256i words = _mm256_packs_epi32(low, high), mixed = _mm256_packus_epi16(words, words);
+  _mm_storeu_si128((__m128i *)to, _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(mixed, order)));
+}
+
+/* How many of 15 bounds lie below each lane: a search from the heap's root down to what would be its leaves. */
+FQ_INLINE pi pf_count_below(pf a, const float *heap) {
+  const __m256 upper = _mm256_loadu_ps(heap), lowest = _mm256_loadu_ps(heap + 8);
+  __m256i at = _mm256_set1_epi32(1);
+  for (int level = 0; level < 4; level++) {
+    const __m256 bound = _mm256_permutevar8x32_ps(level < 3 ? upper : lowest, at);
+    const __m256i above = _mm256_castps_si256(_mm256_cmp_ps(a, bound, _CMP_GT_OQ));
+    at = _mm256_sub_epi32(_mm256_add_epi32(at, at), above);
+  }
+  return _mm256_sub_epi32(at, _mm256_set1_epi32(16));
+}
+FQ_INLINE pf pi_lookup_16(pi index, const float *values) {
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), index);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values + 8), index);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+
+/* 64 codes, looked up at indices of 0 to 15, as 32 bytes: code 2i in the high half of byte i, 2i + 1 in the low. */
+FQ_INLINE void pack_high_first_64(uint8_t *to, const int8_t *indices, const uint8_t *codes) {
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)codes));
+  const __m256i weights = _mm256_set1_epi16(0x0110);
+  const __m256i first = _mm256_shuffle_epi8(table, _mm256_loadu_si256((const __m256i *)indices));
+  const __m256i second = _mm256_shuffle_epi8(table, _mm256_loadu_si256((const __m256i *)(indices + 32)));
+  const __m256i low = _mm256_maddubs_epi16(first, weights), high = _mm256_maddubs_epi16(second, weights);
+  _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8));
+}
+
 /* 32 codes of 0 to 15 as 16 bytes: code i in the low half of byte i, code i + 16 in the high half. */
 FQ_INLINE void pack_halves_32(uint8_t *to, const int8_t *codes) {
   const __m128i low = _mm_loadu_si128((const __m128i *)codes), high = _mm_loadu_si128((const __m128i *)(codes + 16));
   _mm_storeu_si128((__m128i *)to, _mm_or_si128(low, _mm_slli_epi16(high, 4)));
+}
+
+/* Bit 4 of 32 codes of 0 to 31: that of code i in bit i. */
+FQ_INLINE uint32_t pack_high_bits_32(const int8_t *codes) {
+  return (uint32_t)_mm256_movemask_epi8(_mm256_slli_epi16(_mm256_loadu_si256((const __m256i *)codes), 3));
 }

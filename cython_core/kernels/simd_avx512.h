@@ -13,6 +13,7 @@ typedef __m512i pi;
 #define pf_div _mm512_div_ps
 #define pf_min _mm512_min_ps
 #define pf_max _mm512_max_ps
+#define pf_sqrt _mm512_sqrt_ps
 #define pf_fma _mm512_fmadd_ps
 #define pf_fnma _mm512_fnmadd_ps
 #define pf_bits _mm512_castps_si512
@@ -29,7 +30,11 @@ typedef __m512i pi;
 #define pi_and _mm512_and_si512
 #define pi_or _mm512_or_si512
 #define pi_max _mm512_max_epi32
+#define pi_min _mm512_min_epi32
 #define pi_upper_half(a) _mm512_srli_epi32(a, 16)
+#define pi_shift_right(a, n) _mm512_srai_epi32(a, n) /* copies of the sign come in from the left */
+#define pi_shift_left _mm512_slli_epi32
+#define pi_load_i8(a) _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(a)))
 #define pi_highest _mm512_reduce_max_epi32
 #define pi_xor _mm512_xor_si512
 
@@ -72,6 +77,10 @@ FQ_INLINE void pf_store_f16(char *to, pf a) {
 FQ_INLINE pf pf_where_zero(pf test, pf a, pf b) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(test, _mm512_setzero_ps(), _CMP_EQ_OQ), b, a);
 }
+/* x where a < b, else y, of a NaN too. */
+FQ_INLINE pf pf_where_less(pf a, pf b, pf x, pf y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+}
 
 /* 64 int32 as 64 saturated int8, in order. */
 FQ_INLINE void pack_64(int8_t *to, const pi *a) {
@@ -88,8 +97,44 @@ FQ_INLINE void pack_nibbles_64(uint8_t *to, const int8_t *codes) {
   _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi16_epi8(pairs));
 }
 
+/* 64 codes of -2 to 1, plus 2, as 16 bytes: code 4i in the lowest two bits of byte i, code 4i + 3 in the highest. */
+FQ_INLINE void pack_quarters_64(uint8_t *to, const int8_t *codes) {
+  const __m512i raised = _mm512_add_epi8(_mm512_loadu_si512(codes), _mm512_set1_epi8(2));
+  const __m512i pairs = _mm512_maddubs_epi16(raised, _mm512_set1_epi16(0x0401));
+  _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(_mm512_madd_epi16(pairs, _mm512_set1_epi32(0x00100001))));
+}
+
+/* How many of 15 bounds lie below each lane: a search from the heap's root down to what would be its leaves. */
+FQ_INLINE pi pf_count_below(pf a, const float *heap) {
+  const __m512 bounds = _mm512_loadu_ps(heap);
+  const __m512i one = _mm512_set1_epi32(1);
+  __m512i at = one;
+  for (int level = 0; level < 4; level++) {
+    const __mmask16 above = _mm512_cmp_ps_mask(a, _mm512_permutexvar_ps(at, bounds), _CMP_GT_OQ);
+    at = _mm512_add_epi32(at, at);
+    at = _mm512_mask_add_epi32(at, above, at, one);
+  }
+  return _mm512_sub_epi32(at, _mm512_set1_epi32(16));
+}
+FQ_INLINE pf pi_lookup_16(pi index, const float *values) {
+  return _mm512_permutexvar_ps(index, _mm512_loadu_ps(values));
+}
+
+/* 64 codes, looked up at indices of 0 to 15, as 32 bytes: code 2i in the high half of byte i, 2i + 1 in the low. */
+FQ_INLINE void pack_high_first_64(uint8_t *to, const int8_t *indices, const uint8_t *codes) {
+  const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)codes));
+  const __m512i found = _mm512_shuffle_epi8(table, _mm512_loadu_si512(indices));
+  const __m512i pairs = _mm512_maddubs_epi16(found, _mm512_set1_epi16(0x0110));
+  _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi16_epi8(pairs));
+}
+
 /* 32 codes of 0 to 15 as 16 bytes: code i in the low half of byte i, code i + 16 in the high half. */
 FQ_INLINE void pack_halves_32(uint8_t *to, const int8_t *codes) {
   const __m128i low = _mm_loadu_si128((const __m128i *)codes), high = _mm_loadu_si128((const __m128i *)(codes + 16));
   _mm_storeu_si128((__m128i *)to, _mm_or_si128(low, _mm_slli_epi16(high, 4)));
+}
+
+/* Bit 4 of 32 codes of 0 to 31: that of code i in bit i. */
+FQ_INLINE uint32_t pack_high_bits_32(const int8_t *codes) {
+  return _mm256_test_epi8_mask(_mm256_loadu_si256((const __m256i *)codes), _mm256_set1_epi8(16));
 }

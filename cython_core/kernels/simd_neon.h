@@ -13,6 +13,7 @@ typedef int32x4_t pi;
 #define pf_div vdivq_f32
 #define pf_min vminq_f32
 #define pf_max vmaxq_f32
+#define pf_sqrt vsqrtq_f32
 #define pf_fma(a, b, c) vfmaq_f32(c, a, b)
 #define pf_fnma(a, b, c) vfmsq_f32(c, a, b)
 #define pf_bits vreinterpretq_s32_f32
@@ -29,7 +30,10 @@ typedef int32x4_t pi;
 #define pi_and vandq_s32
 #define pi_or vorrq_s32
 #define pi_max vmaxq_s32
+#define pi_min vminq_s32
 #define pi_upper_half(a) vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a), 16))
+#define pi_shift_right vshrq_n_s32 /* copies of the sign come in from the left */
+#define pi_shift_left vshlq_n_s32
 #define pi_highest vmaxvq_s32
 #define pi_xor veorq_s32
 /* The larger magnitude of each lane; a NaN may be passed over. */
@@ -48,10 +52,18 @@ FQ_INLINE pf pf_load_f64(const char *a) {
   return vcombine_f32(vcvt_f32_f64(low), vcvt_f32_f64(high));
 }
 
+FQ_INLINE pi pi_load_i8(const int8_t *a) {
+  int32_t four;
+  memcpy(&four, a, sizeof four);
+  return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)))));
+}
+
 /* To 16-bit floats, ties to even. */
 FQ_INLINE void pf_store_f16(char *to, pf a) { vst1_u8((uint8_t *)to, vreinterpret_u8_f16(vcvt_f16_f32(a))); }
 /* a where test is zero, else b. */
 FQ_INLINE pf pf_where_zero(pf test, pf a, pf b) { return vbslq_f32(vceqzq_f32(test), a, b); }
+/* x where a < b, else y, of a NaN too. */
+FQ_INLINE pf pf_where_less(pf a, pf b, pf x, pf y) { return vbslq_f32(vcltq_f32(a, b), x, y); }
 
 /* 64 int32 as 64 saturated int8, in order. */
 FQ_INLINE void pack_64(int8_t *to, const pi *a) {
@@ -71,7 +83,52 @@ FQ_INLINE void pack_nibbles_64(uint8_t *to, const int8_t *codes) {
   }
 }
 
+/* 64 codes of -2 to 1, plus 2, as 16 bytes: code 4i in the lowest two bits of byte i, code 4i + 3 in the highest. */
+FQ_INLINE void pack_quarters_64(uint8_t *to, const int8_t *codes) {
+  const int8x16x4_t four = vld4q_s8(codes);
+  int8x16_t r = vaddq_s8(four.val[0], vdupq_n_s8(2));
+  for (int i = 1; i < 4; i++)
+    r = vorrq_s8(r, vshlq_s8(vaddq_s8(four.val[i], vdupq_n_s8(2)), vdupq_n_s8((int8_t)(2 * i))));
+  vst1q_u8(to, vreinterpretq_u8_s8(r));
+}
+
+/* How many of 15 bounds (from the second on, in any order) lie below each lane. */
+FQ_INLINE pi pf_count_below(pf a, const float *heap) {
+  int32x4_t count = vdupq_n_s32(0);
+  for (int k = 1; k < 16; k++)
+    count = vsubq_s32(count, vreinterpretq_s32_u32(vcgtq_f32(a, vdupq_n_f32(heap[k]))));
+  return count;
+}
+FQ_INLINE pf pi_lookup_16(pi index, const float *values) {
+  const uint8x16x4_t table = {{vreinterpretq_u8_f32(vld1q_f32(values)), vreinterpretq_u8_f32(vld1q_f32(values + 4)),
+                               vreinterpretq_u8_f32(vld1q_f32(values + 8)),
+                               vreinterpretq_u8_f32(vld1q_f32(values + 12))}};
+  const int32x4_t bytes = vmlaq_s32(vdupq_n_s32(0x03020100), index, vdupq_n_s32(0x04040404));
+  return vreinterpretq_f32_u8(vqtbl4q_u8(table, vreinterpretq_u8_s32(bytes)));
+}
+
+/* 64 codes, looked up at indices of 0 to 15, as 32 bytes: code 2i in the high half of byte i, 2i + 1 in the low. */
+FQ_INLINE void pack_high_first_64(uint8_t *to, const int8_t *indices, const uint8_t *codes) {
+  const uint8x16_t table = vld1q_u8(codes);
+  for (int half = 0; half < 2; half++, indices += 32, to += 16) {
+    const int8x16x2_t pair = vld2q_s8(indices);
+    const uint8x16_t high = vqtbl1q_u8(table, vreinterpretq_u8_s8(pair.val[0]));
+    const uint8x16_t low = vqtbl1q_u8(table, vreinterpretq_u8_s8(pair.val[1]));
+    vst1q_u8(to, vorrq_u8(vshlq_n_u8(high, 4), low));
+  }
+}
+
 /* 32 codes of 0 to 15 as 16 bytes: code i in the low half of byte i, code i + 16 in the high half. */
 FQ_INLINE void pack_halves_32(uint8_t *to, const int8_t *codes) {
   vst1q_u8(to, vreinterpretq_u8_s8(vorrq_s8(vld1q_s8(codes), vshlq_n_s8(vld1q_s8(codes + 16), 4))));
+}
+
+/* Bit 4 of 32 codes of 0 to 31: that of code i in bit i. */
+FQ_INLINE uint32_t pack_high_bits_32(const int8_t *codes) {
+  const uint8x16_t place = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201)), bit = vdupq_n_u8(16);
+  const uint8x16_t low = vandq_u8(vtstq_u8(vreinterpretq_u8_s8(vld1q_s8(codes)), bit), place);
+  const uint8x16_t high = vandq_u8(vtstq_u8(vreinterpretq_u8_s8(vld1q_s8(codes + 16)), bit), place);
+  uint8x16_t sums = vpaddq_u8(low, high); /* three rounds add up the eight bits of each byte */
+  sums = vpaddq_u8(sums, sums);
+  return vgetq_lane_u32(vreinterpretq_u32_u8(vpaddq_u8(sums, sums)), 0);
 }

@@ -12,6 +12,7 @@ typedef __m128i pi;
 #define pf_div _mm_div_ps
 #define pf_min _mm_min_ps
 #define pf_max _mm_max_ps
+#define pf_sqrt _mm_sqrt_ps
 #define pf_bits _mm_castps_si128
 #define pi_float _mm_castsi128_ps
 #define pf_nearest _mm_cvtps_epi32
@@ -26,7 +27,10 @@ typedef __m128i pi;
 #define pi_and _mm_and_si128
 #define pi_or _mm_or_si128
 #define pi_max _mm_max_epi32
+#define pi_min _mm_min_epi32
 #define pi_upper_half(a) _mm_srli_epi32(a, 16)
+#define pi_shift_right(a, n) _mm_srai_epi32(a, n) /* copies of the sign come in from the left */
+#define pi_shift_left _mm_slli_epi32
 
 FQ_INLINE int32_t pi_highest(pi a) {
   a = _mm_max_epi32(a, _mm_shuffle_epi32(a, 0x4e));
@@ -35,6 +39,12 @@ FQ_INLINE int32_t pi_highest(pi a) {
 #define pi_xor _mm_xor_si128
 /* The larger magnitude of each lane; a NaN may be passed over. */
 #define pf_max_magnitude(a, b) _mm_max_ps(_mm_andnot_ps(_mm_set1_ps(-0.0f), a), b)
+
+FQ_INLINE pi pi_load_i8(const int8_t *a) {
+  int32_t four;
+  memcpy(&four, a, sizeof four);
+  return _mm_cvtepi8_epi32(_mm_cvtsi32_si128(four));
+}
 
 /* Lane i of the result is the highest lane of a[i]. */
 FQ_INLINE pi pi_highest_each(const pi *a) {
@@ -81,6 +91,8 @@ FQ_INLINE void pf_store_f16(char *to, pf a) {
 }
 /* a where test is zero, else b. */
 FQ_INLINE pf pf_where_zero(pf test, pf a, pf b) { return _mm_blendv_ps(b, a, _mm_cmpeq_ps(test, _mm_setzero_ps())); }
+/* x where a < b, else y, of a NaN too. */
+FQ_INLINE pf pf_where_less(pf a, pf b, pf x, pf y) { return _mm_blendv_ps(y, x, _mm_cmplt_ps(a, b)); }
 
 /* 64 int32 as 64 saturated int8, in order. */
 FQ_INLINE void pack_64(int8_t *to, const pi *a) {
@@ -99,8 +111,49 @@ FQ_INLINE void pack_nibbles_64(uint8_t *to, const int8_t *codes) {
   }
 }
 
+/* 64 codes of -2 to 1, plus 2, as 16 bytes: code 4i in the lowest two bits of byte i, code 4i + 3 in the highest. */
+FQ_INLINE void pack_quarters_64(uint8_t *to, const int8_t *codes) {
+  const __m128i weights = _mm_set1_epi16(0x0401), pairs = _mm_set1_epi32(0x00100001);
+  __m128i r[4];
+  for (int i = 0; i < 4; i++) {
+    const __m128i raised = _mm_add_epi8(_mm_loadu_si128((const __m128i *)(codes + 16 * i)), _mm_set1_epi8(2));
+    r[i] = _mm_madd_epi16(_mm_maddubs_epi16(raised, weights), pairs);
+  }
+  _mm_storeu_si128((__m128i *)to, _mm_packus_epi16(_mm_packs_epi32(r[0], r[1]), _mm_packs_epi32(r[2], r[3])));
+}
+
+/* How many of 15 bounds (from the second on, in any order) lie below each lane. */
+FQ_INLINE pi pf_count_below(pf a, const float *heap) {
+  __m128i count = _mm_setzero_si128();
+  for (int k = 1; k < 16; k++)
+    count = _mm_sub_epi32(count, _mm_castps_si128(_mm_cmpgt_ps(a, _mm_set1_ps(heap[k]))));
+  return count;
+}
+FQ_INLINE pf pi_lookup_16(pi index, const float *values) {
+  return _mm_setr_ps(values[_mm_extract_epi32(index, 0)], values[_mm_extract_epi32(index, 1)],
+                     values[_mm_extract_epi32(index, 2)], values[_mm_extract_epi32(index, 3)]);
+}
+
+/* 64 codes, looked up at indices of 0 to 15, as 32 bytes: code 2i in the high half of byte i, 2i + 1 in the low. */
+FQ_INLINE void pack_high_first_64(uint8_t *to, const int8_t *indices, const uint8_t *codes) {
+  const __m128i table = _mm_loadu_si128((const __m128i *)codes), weights = _mm_set1_epi16(0x0110);
+  for (int half = 0; half < 2; half++, indices += 32, to += 16) {
+    const __m128i first = _mm_shuffle_epi8(table, _mm_loadu_si128((const __m128i *)indices));
+    const __m128i second = _mm_shuffle_epi8(table, _mm_loadu_si128((const __m128i *)(indices + 16)));
+    const __m128i low = _mm_maddubs_epi16(first, weights), high = _mm_maddubs_epi16(second, weights);
+    _mm_storeu_si128((__m128i *)to, _mm_packus_epi16(low, high));
+  }
+}
+
 /* 32 codes of 0 to 15 as 16 bytes: code i in the low half of byte i, code i + 16 in the high half. */
 FQ_INLINE void pack_halves_32(uint8_t *to, const int8_t *codes) {
   const __m128i low = _mm_loadu_si128((const __m128i *)codes), high = _mm_loadu_si128((const __m128i *)(codes + 16));
   _mm_storeu_si128((__m128i *)to, _mm_or_si128(low, _mm_slli_epi16(high, 4)));
+}
+
+/* Bit 4 of 32 codes of 0 to 31: that of code i in bit i. */
+FQ_INLINE uint32_t pack_high_bits_32(const int8_t *codes) {
+  const __m128i low = _mm_loadu_si128((const __m128i *)codes), high = _mm_loadu_si128((const __m128i *)(codes + 16));
+  const int below = _mm_movemask_epi8(_mm_slli_epi16(low, 3)), above = _mm_movemask_epi8(_mm_slli_epi16(high, 3));
+  return (uint32_t)below | (uint32_t)above << 16;
 }

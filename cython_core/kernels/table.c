@@ -1,11 +1,59 @@
 /* One instruction set's table. */
 #include "families.h"
 
-static void quantize(const fq_job *job, int64_t begin, int64_t end, fq_result *result) {
-  if (job->family == FQ_INTEGER)
-    FQ_NAME(integer_quantize)(job, begin, end, result);
+static void reduce(const fq_job *job, int64_t begin, int64_t end, fq_result *result) {
+  if (job->family == FQ_ARROWQUANT)
+    FQ_NAME(affine_reduce)(job, begin, end, result);
   else
+    FQ_NAME(integer_reduce)(job, begin, end, result);
+}
+
+static void parameters(const fq_job *job, const fq_range *ranges, int64_t count, float *scales, float *zeros) {
+  if (job->family == FQ_ARROWQUANT)
+    FQ_NAME(affine_parameters)(job, ranges, count, scales, zeros);
+  else if (job->family == FQ_NVFP4)
+    FQ_NAME(nvfp4_parameters)(job, ranges, scales);
+  else
+    FQ_NAME(integer_parameters)(job, ranges, count, scales, zeros);
+}
+
+static void quantize(const fq_job *job, int64_t begin, int64_t end, fq_result *result) {
+  switch (job->family) {
+  case FQ_INTEGER:
+    FQ_NAME(integer_quantize)(job, begin, end, result);
+    break;
+  case FQ_FP8_E4M3:
+  case FQ_FP8_E5M2:
+    FQ_NAME(float8_quantize)(job, begin, end, result);
+    break;
+  case FQ_NF4:
+  case FQ_FP4:
+    FQ_NAME(codebook_quantize)(job, begin, end, result);
+    break;
+  case FQ_Q2_K:
+  case FQ_Q3_K:
+  case FQ_Q4_K:
+  case FQ_Q5_K:
+  case FQ_Q6_K:
+    FQ_NAME(kquants_quantize)(job, begin, end, result);
+    break;
+  case FQ_IQ4_NL:
+    FQ_NAME(iq4_nl_quantize)(job, begin, end, result);
+    break;
+  case FQ_MLX:
+    FQ_NAME(mlx_quantize)(job, begin, end, result);
+    break;
+  case FQ_MXFP4:
+  case FQ_MXFP8:
+  case FQ_NVFP4:
+    FQ_NAME(micro_quantize)(job, begin, end, result);
+    break;
+  case FQ_ARROWQUANT:
+    FQ_NAME(affine_quantize)(job, begin, end, result);
+    break;
+  default:
     FQ_NAME(gguf_quantize)(job, begin, end, result);
+  }
 }
 
 #define FQ_TEXT_(name) #name
@@ -13,7 +61,10 @@ static void quantize(const fq_job *job, int64_t begin, int64_t end, fq_result *r
 
 const fq_kernels FQ_NAME(kernels) = {
     .name = FQ_TEXT(FQ_ISA),
-    .reduce = FQ_NAME(integer_reduce),
-    .parameters = FQ_NAME(integer_parameters),
+    .reduce = reduce,
+    .parameters = parameters,
     .quantize = quantize,
+    .repack = FQ_NAME(repack),
+    .restores = FQ_NAME(restores),
+    .restore = FQ_NAME(restore),
 };

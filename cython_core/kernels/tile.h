@@ -12,9 +12,9 @@ enum { FQ_STEP = 64, FQ_BLOCK = 32, FQ_BLOCKS = FQ_SPAN / FQ_BLOCK };
 
 static const int fq_dtype_bytes[] = {4, 2, 2, 8};
 
-/* While a span is computed on, what is read next is fetched, so that memory does not rest: all of it while the span is
- * quantized, or half there and half while it is measured. An address past the end is harmless: a prefetch never
- * faults. */
+/* While a span is computed on, what is read next is fetched, so that memory does not rest: a quarter while the ranges
+ * are found, half while codes are made, a quarter while they are measured. An address past the end is harmless: a
+ * prefetch never faults. */
 typedef struct {
   uintptr_t at, vector_bytes;
 } fetcher;
@@ -99,11 +99,13 @@ FQ_INLINE const float *load_span(const fq_job *job, int64_t begin, int64_t n, fl
 
 /* The range of n weights (a multiple of 16), a part's lanes each for themselves. Integers order like the magnitudes
  * whose bits they are, infinity and NaN on top, and what has the other sign is negative and falls below the 0. */
-FQ_INLINE void range_lanes(const float *x, int64_t n, int symmetric, pi *high, pi *low) {
+FQ_INLINE void range_lanes(fetcher *next, const float *x, int64_t n, int symmetric, pi *high, pi *low) {
   const vi mask = vi_set(INT32_MAX), sign = vi_set(INT32_MIN);
   vi highs = vi_set(0), lows = highs, more_highs = highs, more_lows = highs;
   int64_t i = 0;
   for (; i + 2 * FQ_LANES <= n; i += 2 * FQ_LANES) {
+    if (next && i % (4 * FQ_LANES) == 0)
+      fetch_vectors(next, 1);
     const vi bits = vf_bits(vf_load(x + i)), more = vf_bits(vf_load(x + i + FQ_LANES));
     highs = vi_max(highs, symmetric ? vi_and(bits, mask) : bits);
     more_highs = vi_max(more_highs, symmetric ? vi_and(more, mask) : more);
@@ -123,12 +125,13 @@ FQ_INLINE void range_lanes(const float *x, int64_t n, int symmetric, pi *high, p
 }
 
 /* The ranges of units of so many weights, one after the other, at most 16 at a time; the highest of them all. */
-FQ_INLINE int32_t range_units(const float *x, int64_t unit, int64_t units, int symmetric, int32_t *high, int32_t *low) {
+FQ_INLINE int32_t range_units(fetcher *next, const float *x, int64_t unit, int64_t units, int symmetric, int32_t *high,
+                              int32_t *low) {
   pi highs[FQ_LANES], lows[FQ_LANES];
   for (int64_t i = 0; i < FQ_LANES; i++) {
     highs[i] = lows[i] = pi_set(0);
     if (i < units)
-      range_lanes(x + i * unit, unit, symmetric, highs + i, lows + i);
+      range_lanes(next, x + i * unit, unit, symmetric, highs + i, lows + i);
   }
   pi all = pi_set(0);
   for (int k = 0; k < FQ_PARTS; k++) {
@@ -195,7 +198,7 @@ static __attribute__((noinline)) int32_t measure_wide(const float *x, const floa
 FQ_INLINE void measure(const float *x, const float *y, int64_t n, fetcher *next, fq_result *result) {
   vf x2 = vf_set(0), e2 = x2, xe = x2, largest = x2;
   for (int64_t i = 0; i < n; i += FQ_LANES) {
-    if (i % (2 * FQ_LANES) == 0)
+    if (i % (4 * FQ_LANES) == 0)
       fetch_vectors(next, 1);
     const vf v = vf_load(x + i), e = vf_sub(vf_load(y + i), v);
     x2 = vf_add(x2, vf_mul(v, v));

@@ -9,22 +9,27 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from flightquant.errors import FlightquantError
-from flightquant.reference import dequantize
 
 if TYPE_CHECKING:
-    from flightquant.cython_core.local import quantize
+    from flightquant.cython_core.local import dequantize, quantize, verify
 
 __version__ = version("flightquant")
-__all__ = ["FlightquantError", "__version__", "dequantize", "quantize"]
+__all__ = ["FlightquantError", "__version__", "dequantize", "quantize", "verify"]
 
 
 def __getattr__(name: str) -> Any:
     # The extension loads at first use, so that a client machine never needs it (docs/adr/0001).
-    if name == "quantize":
-        from flightquant.cython_core.local import quantize
+    if name == "dequantize" and find_spec("flightquant.cython_core") is None:
+        # Without the extension the reference still gives weights back, slowly.
+        from flightquant.reference import dequantize
 
-        return quantize
+        return dequantize
+    if name in ("dequantize", "quantize", "verify"):
+        from flightquant.cython_core import local
+
+        return getattr(local, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -51,6 +52,7 @@ _COLUMNS = ("layer_name", "weights", "shape", *OVERRIDE_KEYS, "row_offset", "imp
 _STRINGS = (pa.utf8(), pa.large_utf8())
 _OVERRIDE_TYPES: dict[str, tuple[pa.DataType, ...]] = {
     "scheme": _STRINGS,
+    "packing": _STRINGS,
     "granularity": _STRINGS,
     "scale_dtype": _STRINGS,
     "bit_width": (pa.uint8(), pa.int8(), pa.int16(), pa.int32(), pa.int64()),
@@ -61,11 +63,34 @@ _OVERRIDE_TYPES: dict[str, tuple[pa.DataType, ...]] = {
 
 def answer_schema(request: pa.Schema) -> pa.Schema:
     """The answer's schema for a checked request schema: the contract's columns, then the ``x_`` ones as they came."""
+    return _with_echoes(list(ANSWER_FIELDS), request)
+
+
+def _with_echoes(fields: list[pa.Field], request: pa.Schema) -> pa.Schema:
     from flightquant import __version__
 
     echoed = [field for field in request if field.name.startswith(PASSTHROUGH_PREFIX)]
     metadata = {"flightquant.contract": CONTRACT_VERSION, "flightquant.version": __version__}
-    return pa.schema([*ANSWER_FIELDS, *echoed], metadata=metadata)
+    return pa.schema([*fields, *echoed], metadata=metadata)
+
+
+RESTORED_VALUES = {"float32": pa.float32(), "float16": pa.float16()}
+
+_VERIFIED = ("layer_name", "shape", "status", "error", "sqnr_db", "cosine", "max_abs_error")
+_BINARIES = (pa.binary(), pa.large_binary())
+_NEEDED = ("layer_name", "shape", "quantized_data")
+
+
+def restored_schema(request: pa.Schema, dtype: str) -> pa.Schema:
+    """The answer's schema of ``op: dequantize``, for a checked request schema; ``dtype`` is the weights'."""
+    fields = {field.name: field for field in ANSWER_FIELDS}
+    weights = pa.field("weights", pa.list_(RESTORED_VALUES[dtype]))
+    return _with_echoes([fields["layer_name"], fields["shape"], weights, fields["status"], fields["error"]], request)
+
+
+def verified_schema(request: pa.Schema) -> pa.Schema:
+    """The answer's schema of ``op: verify``, for a checked request schema."""
+    return _with_echoes([field for field in ANSWER_FIELDS if field.name in _VERIFIED], request)
 
 
 def weights_dtype(field: pa.Field) -> str:
@@ -111,6 +136,29 @@ def check_request_schema(schema: pa.Schema) -> str:
     InvalidRequestError
         A column is missing, doubled, unknown or of another type than the contract's.
     """
+    return _checked(schema, _check_columns)
+
+
+def check_quantized_schema(schema: pa.Schema, op: str) -> str | None:
+    """Check the schema of quantized rows that come back, for ``op: dequantize`` or ``verify``.
+
+    Returns
+    -------
+    str or None
+        The dtype of the weights to compare with, for ``verify``.
+
+    Raises
+    ------
+    InvalidRequestError
+        A column is missing, doubled, unknown or of another type than the contract's.
+    """
+    return _checked(schema, lambda schema: _check_quantized_columns(schema, op))
+
+
+Checked = TypeVar("Checked")
+
+
+def _checked(schema: pa.Schema, check: Callable[[pa.Schema], Checked]) -> Checked:
     if len(schema) > MAX_COLUMNS:
         raise InvalidRequestError(
             f"the schema has {len(schema)} columns; expected at most {MAX_COLUMNS}",
@@ -119,7 +167,7 @@ def check_request_schema(schema: pa.Schema) -> str:
             expected=MAX_COLUMNS,
         )
     try:
-        return _check_columns(schema)
+        return check(schema)
     except UnicodeDecodeError:
         raise InvalidRequestError(
             "a name in the schema is not UTF-8", field="schema", expected="names in UTF-8"
@@ -127,17 +175,62 @@ def check_request_schema(schema: pa.Schema) -> str:
 
 
 def _check_columns(schema: pa.Schema) -> str:
-    names = schema.names
-    for name in ("layer_name", "weights"):
+    _check_names(schema.names, ("layer_name", "weights"))
+    dtype = weights_dtype(schema.field("weights"))
+    for field in schema:
+        _check_field(field)
+    return dtype
+
+
+def _check_names(names: list[str], needed: tuple[str, ...]) -> None:
+    for name in needed:
         if name not in names:
             raise InvalidRequestError(f'column "{name}" is missing', field=name, expected="a column of this name")
     if len(set(names)) != len(names):
         doubled = next(name for name in names if names.count(name) > 1)
         raise InvalidRequestError(f'column "{doubled[:80]}" stands twice', field=doubled, expected="one such column")
-    dtype = weights_dtype(schema.field("weights"))
+
+
+def _check_quantized_columns(schema: pa.Schema, op: str) -> str | None:
+    verified = op == "verify"
+    _check_names(schema.names, (*_NEEDED, "weights") if verified else _NEEDED)
+    dtype = weights_dtype(schema.field("weights")) if verified else None
+    known = {field.name: field.type for field in ANSWER_FIELDS}
     for field in schema:
-        _check_field(field)
+        name, kind = field.name, field.type
+        if name in ("layer_name", "shape", "row_offset") or name.startswith(PASSTHROUGH_PREFIX):
+            _check_field(field)
+        elif _is_tagged(field):
+            raise _bad_column(name, f"extension<{kind}>", "no extension type")
+        elif name in known:
+            _check_quantized_type(name, kind, known[name])
+        elif not (verified and name == "weights"):
+            expected = (*known, "weights") if verified else tuple(known)
+            raise InvalidRequestError(
+                f'unknown column "{name[:80]}"; expected the columns of a quantized answer'
+                f"{', weights' if verified else ''} or a name that begins with x_",
+                field=name,
+                got=name,
+                expected=expected,
+            )
     return dtype
+
+
+def _check_quantized_type(name: str, kind: pa.DataType, own: pa.DataType) -> None:
+    """A column of a quantized answer is of its own type, or of that with 64-bit offsets."""
+    if pa.types.is_list(own):
+        listed = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        good = listed and kind.value_type == own.value_type
+    elif own == pa.binary():
+        good = kind in _BINARIES
+    elif own == pa.utf8():
+        good = kind in _STRINGS
+    elif name == "group_size":
+        good = kind in _OVERRIDE_TYPES[name]
+    else:
+        good = kind == own
+    if not good:
+        raise _bad_column(name, str(kind), f"{own}, with offsets of 32 or 64 bits if it has any")
 
 
 def _is_tagged(field: pa.Field) -> bool:
@@ -220,6 +313,11 @@ class EndMessage:
     bytes_copied: int = 0
     kernel_ns: int = 0
     failed_rows: int = 0
+
+    def add(self, batch: EndMessage) -> None:
+        """Add the totals of a batch."""
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(batch, name))
 
     def to_json(self) -> bytes:
         """The message's bytes, ``complete`` first."""

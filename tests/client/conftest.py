@@ -21,7 +21,9 @@ from flightquant.spec import OVERRIDE_KEYS, Command
 
 @dataclass
 class Faults:
-    """What goes wrong, and what was seen."""
+    """What goes wrong, in how many first calls (None: in all), and what was seen."""
+
+    calls: int | None = None
 
     close_after: int | None = None
     no_end: bool = False
@@ -36,6 +38,7 @@ class Faults:
     released: Event = field(default_factory=Event)
     received: list[tuple[int, int]] = field(default_factory=list)
     headers: list[str] = field(default_factory=list)
+    seen: int = 0
 
 
 def answer_row(batch: pa.RecordBatch, row: int, command: Command, dtype: str) -> tuple[dict[str, Any], Any]:
@@ -118,6 +121,9 @@ class ReferenceServer(flight.FlightServerBase):
 
     def _exchange(self, descriptor: Any, reader: Any, writer: Any) -> None:
         faults, end = self.faults, wire.EndMessage()
+        faults.seen += 1
+        if faults.calls is not None and faults.seen > faults.calls:
+            faults = Faults(received=faults.received)
         command = Command.parse(descriptor.command)
         metadata = {"flightquant.contract": faults.contract}
         writer.begin(wire.answer_schema(reader.schema).with_metadata(metadata))

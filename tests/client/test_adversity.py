@@ -40,7 +40,7 @@ def batches(n: int, cols: int = 128) -> Iterator[pa.RecordBatch]:
 
 
 def no_thread_left() -> bool:
-    return not [t for t in threading.enumerate() if t.name.startswith("flightquant-")]
+    return not [t for t in threading.enumerate() if t.name in ("flightquant-writer", "flightquant-reader")]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def no_thread_left() -> bool:
 )
 def test_a_stream_that_is_not_whole_is_a_failed_call(serve: Serve, faults: Any, fault: dict[str, Any]) -> None:
     server = serve(faults(**fault))
-    with QuantClient(server.uri, timeout_s=60) as client, pytest.raises(StreamCutError):
+    with QuantClient(server.uri, timeout_s=60, retry=None) as client, pytest.raises(StreamCutError):
         client.quantize(batches(20), "int4")
     assert no_thread_left()
 
@@ -87,7 +87,7 @@ def test_another_contract_is_refused(serve: Serve, faults: Any) -> None:
 def test_what_the_server_says_becomes_our_error(
     serve: Serve, faults: Any, sent: Exception, wanted: type[Exception], after: int
 ) -> None:
-    with QuantClient(serve(faults(fail_after=(after, sent))).uri) as client:
+    with QuantClient(serve(faults(fail_after=(after, sent))).uri, retry=None) as client:
         with pytest.raises(wanted) as caught:
             client.quantize(batches(20), "int4")
         assert "gRPC" not in str(caught.value)
@@ -98,7 +98,10 @@ def test_what_the_server_says_becomes_our_error(
 def test_facts_that_the_server_sends_arrive(serve: Serve, faults: Any) -> None:
     facts = b'{"code": "overloaded", "retry_after_s": 1.5, "request_id": "abc"}'
     sent = flight.FlightUnavailableError("overloaded: 8 calls are running", extra_info=facts)
-    with QuantClient(serve(faults(fail_after=(0, sent))).uri) as client, pytest.raises(OverloadedError) as caught:
+    with (
+        QuantClient(serve(faults(fail_after=(0, sent))).uri, retry=None) as client,
+        pytest.raises(OverloadedError) as caught,
+    ):
         client.quantize(batches(1), "int4")
     assert (caught.value.retry_after_s, caught.value.request_id) == (1.5, "abc")
     assert caught.value.message == "8 calls are running"
@@ -107,7 +110,7 @@ def test_facts_that_the_server_sends_arrive(serve: Serve, faults: Any) -> None:
 def test_nobody_listens(serve: Serve) -> None:
     server = serve()
     server.shutdown()
-    with QuantClient(server.uri, timeout_s=20) as client, pytest.raises(UnavailableError):
+    with QuantClient(server.uri, timeout_s=20, retry=None) as client, pytest.raises(UnavailableError):
         client.quantize(batches(1), "int4")
 
 
@@ -251,7 +254,7 @@ def test_a_killed_server_is_an_error_within_the_deadline() -> None:
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         uri = process.stdout.readline().strip()
-        with QuantClient(uri, timeout_s=30) as client:
+        with QuantClient(uri, timeout_s=30, retry=None) as client:
             stream = client.stream(batches(100), "int4")
             for _ in range(3):
                 next(stream)

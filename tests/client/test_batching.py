@@ -17,7 +17,7 @@ from flightquant.client import batching
 from flightquant.client.batching import MAX_BYTES, MAX_ROWS, MIN_BYTES, Request, cut, magnitude, pack, reslice
 from flightquant.errors import InvalidRequestError, TooLargeError
 from flightquant.layers import Layer, as_layer, layers_batch
-from flightquant.reference.quality import bounds
+from flightquant.reference.quality import bounds, strips
 from flightquant.spec import Command
 
 INT4 = Command.build(scheme="int4")
@@ -72,7 +72,13 @@ COMMANDS = st.sampled_from(
         Command.build(scheme="int8"),
         Command.build(scheme="int8", granularity="tensor"),
         Command.build(scheme="int8", granularity="tensor", symmetric=False),
+        Command.build(scheme="int3", group_size=32),
+        Command.build(scheme="fp8_e4m3", granularity="tensor"),
+        Command.build(scheme="fp8_e4m3", granularity="block"),
+        Command.build(scheme="mxfp4"),
+        Command.build(scheme="nvfp4"),
         Command.build(scheme="q4_0"),
+        Command.build(scheme="nf4", group_size=512),
     ]
 )
 
@@ -94,7 +100,9 @@ class TestPack:
         assert len({str(r.batch.schema) for r in requests}) <= 1
         for request in requests:
             assert request.nbytes == batching.batch_bytes(request.batch)
-            assert request.nbytes <= batching.MAX_BYTES or (request.batch.num_rows == 1 and request.part is None)
+            # 128 rows of blocks stay together, however long they are.
+            uncut = request.batch.num_rows == 1 and (request.part is None or command.granularity == "block")
+            assert request.nbytes <= batching.MAX_BYTES or uncut
         assert list(pack(layers, command)) == [] or sum(r.nbytes for r in requests) == sum(x.nbytes for x in layers)
 
     @settings(deadline=None)
@@ -125,12 +133,19 @@ class TestCut:
         [
             ((4096, 11008), {"scheme": "int4"}),
             ((4096, 11008), {"scheme": "int8"}),
+            ((4096, 11008), {"scheme": "int4", "packing": "awq"}),
             ((32000, 4096), {"scheme": "q8_0"}),
             ((30522, 384), {"scheme": "int4"}),
             ((8, 1024, 4096), {"scheme": "int4", "group_size": 32}),
             ((100, 70000), {"scheme": "int8"}),
             ((1 << 23,), {"scheme": "int4"}),
             ((4096, 11008), {"scheme": "int8", "granularity": "tensor"}),
+            ((30522, 384), {"scheme": "nf4"}),
+            ((1 << 18, 32), {"scheme": "nf4", "group_size": 4096}),
+            (((1 << 23) + 1,), {"scheme": "fp4"}),
+            ((5000, 1100), {"scheme": "fp8_e4m3", "granularity": "block"}),
+            ((32, 96, 2048), {"scheme": "fp8_e4m3", "granularity": "block"}),
+            ((16384, 528), {"scheme": "nvfp4"}),
         ],
     )
     def test_parts_have_4_to_16_mib_and_begin_where_sums_do(
@@ -145,7 +160,10 @@ class TestCut:
         sizes = [(last - first) * width * 4 for first, last in ranges]
         assert all(4 * MIB <= size <= 16 * MIB for size in sizes[:-1])
         assert 0 < sizes[-1] <= 16 * MIB
-        tiles = {begin for begin, _, _ in bounds(prod(shape), spec.group_size or shape[-1])}
+        made = bounds(prod(shape), max(spec.group_size, 32) if spec.group_size else shape[-1])
+        if spec.granularity == "block":
+            made = strips(prod(shape[:-1]), shape[-1])
+        tiles = {begin for begin, _, _ in made}
         assert all(first * width in tiles for first, _ in ranges)
 
     @pytest.mark.parametrize(
@@ -156,10 +174,18 @@ class TestCut:
             ((1 << 23,), {"scheme": "int8", "granularity": "tensor"}),
             (((1 << 23) + 1,), {"scheme": "int4"}),
             ((1, 1 << 23), {"scheme": "int4"}),
+            ((17, 500_003), {"scheme": "nf4"}),
         ],
     )
     def test_what_cannot_be_cut_goes_whole(self, shape: tuple[int, ...], options: dict[str, Any]) -> None:
         assert cut(shape, 4, Command.build(**options).layer_spec()) == [(0, shape[0])]
+
+    @pytest.mark.parametrize(("group_size", "rows"), [(64, 64), (4096, 4096)])
+    def test_parts_begin_where_blocks_of_the_flat_tensor_do(self, group_size: int, rows: int) -> None:
+        ranges = cut((20_000, 333), 4, Command.build(scheme="nf4", group_size=group_size).layer_spec())
+        assert len(ranges) > 1
+        assert ranges[-1][1] == 20_000
+        assert all(first % rows == 0 and first * 333 % group_size == 0 for first, _ in ranges)
 
     def test_rows_larger_than_a_message_go_one_by_one(self) -> None:
         assert cut((3, 1 << 23), 4, INT4.layer_spec()) == [(0, 1), (1, 2), (2, 3)]

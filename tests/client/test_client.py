@@ -27,8 +27,16 @@ OPTIONS: list[dict[str, Any]] = [
     {"scheme": "int8", "symmetric": False, "scale_dtype": "float16"},
     {"scheme": "int8", "granularity": "tensor"},
     {"scheme": "int8", "granularity": "tensor", "symmetric": False},
+    {"scheme": "int3", "symmetric": False},
+    {"scheme": "fp8_e4m3", "granularity": "tensor"},
+    {"scheme": "fp8_e4m3", "granularity": "block"},
+    {"scheme": "mxfp4"},
+    {"scheme": "nvfp4"},
     {"scheme": "q8_0"},
     {"scheme": "q4_0"},
+    {"scheme": "q5_1"},
+    {"scheme": "iq4_nl"},
+    {"scheme": "nf4"},
 ]
 
 
@@ -71,6 +79,8 @@ def test_layers_in_parts_equal_whole_layers(serve: Serve, options: dict[str, Any
         "deep": rng.normal(size=(9, 64, 512)),
         "small": rng.normal(size=(5, 128)),
     }
+    if options["scheme"] == "nf4":
+        weights |= {"crossing": rng.normal(size=(5001, 32)), "short": rng.normal(size=(3, 7))}
     cast = {name: tensor.astype(STORAGE[dtype]) for name, tensor in weights.items()}
     server = serve()
     with QuantClient(server.uri) as client:
@@ -210,7 +220,7 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("weights", "options", "message"),
         [
-            ({"w": np.ones(4, np.float32)}, {"scheme": "int5"}, 'unknown scheme "int5"'),
+            ({"w": np.ones(4, np.float32)}, {"scheme": "int9"}, 'unknown scheme "int9"'),
             ({"w": np.ones(4, np.float32)}, {"group_size": 7}, '"group_size" is 7'),
             ({"w": np.ones(4, np.int32)}, {}, 'layer "w" has dtype int32'),
             ({3: np.ones(4, np.float32)}, {}, "name is 3"),

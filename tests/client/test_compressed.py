@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from fq_testing import STORAGE
@@ -15,11 +14,13 @@ from safetensors import numpy as official
 import flightquant
 from flightquant.client import compressed
 from flightquant.client.cli.in_process import in_process
-from flightquant.client.convert import KEPT_PATTERNS, convert, layer_class, select
-from flightquant.client.safetensors import SafetensorsFile, SafetensorsWriter
+from flightquant.client.convert import convert
+from flightquant.client.recipes import KEPT_PATTERNS, Recipe, make_plan
+from flightquant.client.safetensors import SafetensorsFile
+from flightquant.client.sources import open_source
 from flightquant.errors import InvalidRequestError, LayerError
-from flightquant.layers import Layer
-from flightquant.reference import integer, numeric
+from flightquant.layers import layer_class
+from flightquant.reference import float8, integer, numeric
 from flightquant.spec import Command
 
 KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64"}
@@ -30,6 +31,12 @@ OPTIONS: list[dict[str, Any]] = [
     {"scheme": "int4", "granularity": "channel", "symmetric": False},
     {"scheme": "int4", "granularity": "tensor"},
     {"scheme": "int4", "granularity": "tensor", "symmetric": False},
+    {"scheme": "int2"},
+    {"scheme": "int2", "granularity": "channel", "symmetric": False},
+    {"scheme": "int3", "group_size": 64, "symmetric": False},
+    {"scheme": "int5", "granularity": "tensor"},
+    {"scheme": "int6", "symmetric": False},
+    {"scheme": "int7", "granularity": "channel"},
     {"scheme": "int8"},
     {"scheme": "int8", "symmetric": False},
     {"scheme": "int8", "group_size": 64, "symmetric": False},
@@ -38,18 +45,15 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def checkpoint(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> Path:
-    entries = {name: (KINDS[t.dtype.name], t.shape) for name, t in tensors.items()}
-    with SafetensorsWriter(path, entries, {} if metadata is None else metadata) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor.view(np.uint16) if tensor.dtype == ml_dtypes.bfloat16 else tensor)
+    official.save_file(tensors, path, metadata=metadata)
     return path
 
 
 def quantized(tmp_path: Path, tensors: dict[str, np.ndarray], options: dict[str, Any], **more: Any) -> Path:
-    source = SafetensorsFile(checkpoint(tmp_path / "in.safetensors", tensors, {"format": "pt", "author": "me"}))
-    command = Command.build(**options)
+    source = open_source(checkpoint(tmp_path / "in.safetensors", tensors, {"format": "pt", "author": "me"}))
+    recipe = Recipe.parse({**options, **more})
     target = tmp_path / "out.safetensors"
-    convert(source, target, command, lambda layers: in_process(layers, command, lambda *_: None), **more)
+    convert(source, target, recipe, lambda layers, command: in_process(layers, command, lambda *_: None))
     return target
 
 
@@ -121,9 +125,8 @@ def test_everything_else_is_copied_as_it_is(tmp_path: Path) -> None:
 class TestSelect:
     def select(self, tmp_path: Path, shapes: dict[str, tuple[int, ...]], **options: Any) -> tuple[list[str], Any]:
         tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-        file = SafetensorsFile(checkpoint(tmp_path / "m", tensors))
-        keep = options.pop("keep", ())
-        return select(file, Command.build(**{"scheme": "int4", **options}).layer_spec(), keep)
+        plan = make_plan(open_source(tensors), Recipe.parse({"scheme": "int4", **options}), "compressed-tensors")
+        return list(plan.commands), plan.kept
 
     @pytest.mark.parametrize(
         "name",
@@ -158,8 +161,8 @@ class TestSelect:
 
     def test_reasons(self, tmp_path: Path) -> None:
         shapes = {"a.weight": (4, 100), "b.weight": (4,), "c.weight": (2, 2, 128), "d.weight": (0, 128)}
-        chosen, kept = self.select(tmp_path, shapes)
-        assert chosen == []
+        chosen, kept = self.select(tmp_path, shapes | {"e.weight": (1, 128)})
+        assert chosen == ["e.weight"]
         assert kept == {
             "a.weight": "group size 128 does not divide 100 columns",
             "b.weight": "shape [4]",
@@ -175,7 +178,7 @@ class TestSelect:
         assert kept == {"x.1.down.weight": f"--keep {pattern}"}
 
     def test_a_pattern_that_fits_nothing_is_a_mistake(self, tmp_path: Path) -> None:
-        with pytest.raises(InvalidRequestError, match='no tensor fits --keep "lm_haed"'):
+        with pytest.raises(InvalidRequestError, match='no tensor fits the pattern "lm_haed"'):
             self.select(tmp_path, {"lm_head.weight": (1, 128)}, keep=["lm_haed"])
 
     def test_default_patterns_are_lower_case(self) -> None:
@@ -183,10 +186,19 @@ class TestSelect:
 
 
 class TestRefused:
-    @pytest.mark.parametrize("scheme", ["q8_0", "q4_0"])
+    @pytest.mark.parametrize("scheme", ["q8_0", "q4_0", "q5_1"])
     def test_gguf_formats(self, tmp_path: Path, scheme: str) -> None:
-        with pytest.raises(InvalidRequestError, match=r"GGUF format .* expected int4 or int8"):
+        with pytest.raises(InvalidRequestError, match=r"GGUF format .* expected \*.gguf"):
             quantized(tmp_path, model("float32"), {"scheme": scheme})
+        assert not (tmp_path / "out.safetensors").exists()
+
+    @pytest.mark.parametrize("scheme", ["nf4", "fp4", "fp8_e5m2"])
+    def test_formats_without_a_layout(self, tmp_path: Path, scheme: str) -> None:
+        with pytest.raises(
+            InvalidRequestError,
+            match=f"{scheme} has no standard place .* expected int2 to int8, fp8_e4m3, mxfp8, mxfp4 or nvfp4",
+        ):
+            quantized(tmp_path, model("float32"), {"scheme": scheme, "target": "compressed-tensors"})
         assert not (tmp_path / "out.safetensors").exists()
 
     def test_nothing_to_do(self, tmp_path: Path) -> None:
@@ -195,9 +207,8 @@ class TestRefused:
 
     def test_a_file_that_is_quantized(self, tmp_path: Path) -> None:
         once = quantized(tmp_path, model("float32"), {"scheme": "int4"})
-        command = Command.build(scheme="int4")
         with pytest.raises(InvalidRequestError, match="quantized already"):
-            convert(SafetensorsFile(once), tmp_path / "twice", command, lambda layers: iter(()))
+            convert(open_source(once), tmp_path / "twice", Recipe.parse({"scheme": "int4"}), lambda *_: iter(()))
 
     def test_a_layer_with_nan(self, tmp_path: Path) -> None:
         tensors = model("float32")
@@ -210,14 +221,13 @@ class TestRefused:
 
 
 def test_the_cost_is_told(tmp_path: Path) -> None:
-    source = SafetensorsFile(checkpoint(tmp_path / "in", model("float32")))
-    command = Command.build(scheme="int4")
+    source = open_source(checkpoint(tmp_path / "in", model("float32")))
     told: list[tuple[str, float]] = []
 
-    def quantize(layers: dict[str, Layer]) -> Any:
+    def quantize(layers: Any, command: Command) -> Any:
         return in_process(layers, command, lambda name, fraction: told.append((name, fraction)))
 
-    result = convert(source, tmp_path / "out", command, quantize)  # type: ignore[arg-type]
+    result = convert(source, tmp_path / "out.safetensors", Recipe.parse({"scheme": "int4"}), quantize)
     assert told == [(layer.name, 1.0) for layer in result.layers]
     assert [layer.layer_class for layer in result.layers] == [
         "model.layers.*.mlp.up_proj.weight",
@@ -226,7 +236,7 @@ def test_the_cost_is_told(tmp_path: Path) -> None:
     first = result.layers[0]
     assert (first.weights, first.bytes_in, first.bytes_copied) == (37 * 256, 37 * 256 * 4, 0)
     assert first.bytes_out == 37 * 128 + 37 * 2 * 4 + 16
-    assert result.file_bytes_out == (tmp_path / "out").stat().st_size
+    assert result.bytes_out == (tmp_path / "out.safetensors").stat().st_size
     assert result.kept_bytes == sum(source.tensors[name].nbytes for name in result.kept)
     assert result.seconds > 0
 
@@ -235,13 +245,62 @@ def test_layer_class_replaces_numbers() -> None:
     assert layer_class("model.layers.12.mlp.experts.3.w1.weight") == "model.layers.*.mlp.experts.*.w*.weight"
 
 
+FLOATS: list[dict[str, Any]] = [
+    {"scheme": "fp8_e4m3"},
+    *({"scheme": "fp8_e4m3", "granularity": granularity} for granularity in ("tensor", "block")),
+]
+
+
+@pytest.mark.parametrize("options", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_8_bit_floats_stand_in_the_weights_place(tmp_path: Path, dtype: str, options: dict[str, Any]) -> None:
+    tensors = model(dtype)
+    file = SafetensorsFile(quantized(tmp_path, tensors, options))
+    row = flightquant.quantize({"w": tensors[f"{UP}.weight"]}, **options).to_pylist()[0]
+    info = file.tensors[f"{UP}.weight"]
+    assert (info.dtype, info.shape) == ("F8_E4M3", (37, 256))
+    assert bytes(file.data(f"{UP}.weight")) == row["quantized_data"]
+    shape = {"tensor": (1,), "block": (1, 2)}.get(options.get("granularity", ""), (37, 1))
+    assert (file.tensors[f"{UP}.weight_scale"].dtype, file.tensors[f"{UP}.weight_scale"].shape) == (KINDS[dtype], shape)
+    scales = numeric.widen(file.array(f"{UP}.weight_scale"), dtype)
+    np.testing.assert_array_equal(scales.reshape(-1), np.array(row["scales"], np.float32))
+    assert {name for name in file.tensors if name.startswith(UP)} == {
+        f"{UP}.weight", f"{UP}.weight_scale", f"{UP}.bias"
+    }  # fmt: skip
+    arguments = compressed.read_configuration(file.metadata)
+    assert arguments is not None
+    assert (arguments["type"], arguments["num_bits"]) == ("float", 8)
+
+
+MICRO: list[dict[str, Any]] = [{"scheme": name} for name in ("mxfp4", "mxfp8", "nvfp4")]
+
+
+@pytest.mark.parametrize("options", MICRO, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_small_groups_of_small_floats(tmp_path: Path, dtype: str, options: dict[str, Any]) -> None:
+    tensors = model(dtype)
+    file = SafetensorsFile(quantized(tmp_path, tensors, options))
+    row = flightquant.quantize({"w": tensors[f"{UP}.weight"]}, **options).to_pylist()[0]
+    place = "weight" if options["scheme"] == "mxfp8" else "weight_packed"
+    assert bytes(file.data(f"{UP}.{place}")) == row["quantized_data"]
+    info, stored = file.tensors[f"{UP}.weight_scale"], np.frombuffer(file.data(f"{UP}.weight_scale"), np.uint8)
+    scales = np.array(row["scales"], np.float32)
+    if options["scheme"] == "nvfp4":
+        assert (info.dtype, info.shape) == ("F8_E4M3", (37, 16))
+        np.testing.assert_array_equal(float8.decode(stored, float8.FORMATS["fp8_e4m3"]), scales[:-1])
+        assert np.frombuffer(file.data(f"{UP}.weight_global_scale"), np.float32).tolist() == [scales[-1]]
+    else:
+        assert (info.dtype, info.shape) == ("U8", (37, 8))
+        np.testing.assert_array_equal(np.ldexp(np.float32(1), stored.astype(np.int32) - 127), scales)
+
+
 @pytest.mark.oracle
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS, *FLOATS, *MICRO], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.filterwarnings("default")
 def test_the_library_decompresses_to_the_same_weights(tmp_path: Path, dtype: str, options: dict[str, Any]) -> None:
     torch = pytest.importorskip("torch")
-    packed = pytest.importorskip("compressed_tensors.compressors.pack_quantized")
+    compressors = pytest.importorskip("compressed_tensors.compressors")
     format_of = pytest.importorskip("compressed_tensors.compressors.format")
     quantization = pytest.importorskip("compressed_tensors.quantization")
     from safetensors import torch as official_torch
@@ -253,12 +312,14 @@ def test_the_library_decompresses_to_the_same_weights(tmp_path: Path, dtype: str
     scheme = quantization.QuantizationConfig.model_validate(config).config_groups["group_0"]
     assert format_of.infer_module_format(torch.nn.Linear, scheme).value == config["format"]
     state = {name.removeprefix(f"{UP}."): t for name, t in stored.items() if name.startswith(f"{UP}.weight")}
-    compressor = packed.PackedQuantizationCompressor
+    compressor = compressors.BaseCompressor.get_value_from_registry(config["format"])
     assert set(state) == set(compressor.compression_param_names(scheme))
     plain = compressor.decompress(state, scheme)
     wanted = flightquant.dequantize(flightquant.quantize({"w": tensors[f"{UP}.weight"]}, **options))["w"]
     # The library multiplies in the scales' dtype, we in float32: one rounding lies between the two.
-    np.testing.assert_array_equal(plain["weight"].float().numpy(), numeric.round_to(wanted, dtype))
+    # Of scales that are no floats of the weights' dtype, it makes bfloat16.
+    rounded = numeric.round_to(wanted, "bfloat16" if options in MICRO else dtype)
+    np.testing.assert_array_equal(plain["weight"].float().numpy(), rounded)
     original = official_torch.load_file(tmp_path / "in.safetensors")[f"{UP}.weight"]
     for name, tensor in compressor.compress({**plain, "weight": original}, scheme).items():
         assert torch.equal(tensor, state[name]), name

@@ -42,8 +42,11 @@ def check_same(over_the_wire: pa.Table, local: pa.Table) -> None:
         {"scheme": "int8"},
         {"scheme": "int8", "granularity": "tensor"},
         {"scheme": "int8", "granularity": "tensor", "symmetric": False},
+        {"scheme": "int2"},
+        {"scheme": "fp8_e4m3", "granularity": "tensor"},
         {"scheme": "q8_0"},
         {"scheme": "q4_0"},
+        {"scheme": "nf4"},
     ],
     ids=str,
 )

@@ -22,8 +22,18 @@ COMMANDS = [
         {"scheme": "int4", "granularity": "channel", "symmetric": False},
         {"scheme": "int4", "group_size": 32},
         {"scheme": "int8", "granularity": "tensor", "symmetric": False},
+        {"scheme": "int3", "granularity": "channel"},
+        {"scheme": "fp8_e4m3", "granularity": "tensor"},
         {"scheme": "q8_0"},
         {"scheme": "q4_0"},
+        {"scheme": "q5_1"},
+        {"scheme": "iq4_nl"},
+        {"scheme": "q3_k"},
+        {"scheme": "q4_k"},
+        {"scheme": "nvfp4"},
+        {"scheme": "fp8_e4m3", "granularity": "block"},
+        {"scheme": "nf4"},
+        {"scheme": "fp4", "group_size": 4096},
     )
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -30,6 +31,29 @@ def test_small_work_runs_on_its_caller_and_large_work_on_the_dispatcher(budget: 
     assert seen[0] == (1, threading.current_thread().name)
     assert seen[1][0] == 2
     assert seen[1][1].startswith("flightquant-compute")
+    budget.close()
+
+
+def test_a_team_of_all_cpus_has_one_thread_on_each() -> None:
+    before = threading.active_count(), os.sched_getaffinity(0)
+    cpus = sorted(before[1])
+    budget = ThreadBudget(len(cpus), inline_tiles=0)
+    places: list[set[int]] = []
+    budget.run(1, lambda _: places.append(os.sched_getaffinity(0)))
+    assert places == [{cpus[0]} if len(cpus) > 1 else set(cpus)]
+    masks = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")]
+    for cpu in cpus:
+        assert {cpu} in masks
+    assert os.sched_getaffinity(0) == before[1], "the caller stays free"
+    budget.close()
+
+
+def test_a_smaller_team_is_the_schedulers_to_place() -> None:
+    cpus = os.sched_getaffinity(0)
+    budget = ThreadBudget(len(cpus) + 1, inline_tiles=0)
+    places: list[set[int]] = []
+    budget.run(1, lambda _: places.append(os.sched_getaffinity(0)))
+    assert places == [cpus]
     budget.close()
 
 

@@ -23,6 +23,7 @@ from fq_testing import (
 )
 
 from flightquant.cython_core.engine import Engine
+from flightquant.errors import LayerError
 from flightquant.spec import Command
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -36,8 +37,47 @@ OPTIONS: list[dict[str, Any]] = [
             ({"granularity": "tensor"}, {"granularity": "channel"}, *({"group_size": size} for size in GROUPS)),
         )
     ),
-    {"scheme": "q8_0"},
-    {"scheme": "q4_0"},
+    *(
+        {"scheme": f"int{bits}", "symmetric": symmetric, **unit}
+        for bits, symmetric, unit in itertools.product(
+            (2, 3, 5, 6, 7), (True, False), ({"granularity": "channel"}, {"group_size": 32})
+        )
+    ),
+    {"scheme": "int2", "granularity": "tensor", "symmetric": False},
+    {"scheme": "int3", "granularity": "tensor"},
+    *(
+        {"scheme": scheme, "granularity": granularity}
+        for scheme, granularity in itertools.product(("fp8_e4m3", "fp8_e5m2"), ("channel", "tensor", "block"))
+    ),
+    *({"scheme": scheme} for scheme in ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl")),
+    *({"scheme": f"q{bits}_k"} for bits in range(2, 7)),
+    *({"scheme": scheme} for scheme in ("mxfp4", "mxfp8", "nvfp4")),
+    *({"scheme": scheme, "group_size": 32 << k} for scheme in ("nf4", "fp4") for k in range(8)),
+    *(
+        {"scheme": scheme, "packing": packing, "symmetric": symmetric, **unit}
+        for (scheme, packing), symmetric, unit in itertools.product(
+            (
+                ("int4", "gptq"),
+                ("int4", "gptq-v2"),
+                ("int4", "awq"),
+                ("int8", "gptq-v2"),
+                ("int3", "gptq"),
+                ("int2", "gptq-v2"),
+            ),
+            (True, False),
+            ({"granularity": "channel"}, {"group_size": 64}),
+        )
+    ),
+    *(
+        {"scheme": "mlx", "bit_width": bits, "group_size": size}
+        for bits, size in ((2, 64), (3, 32), (4, 32), (4, 64), (4, 128), (5, 64), (6, 128), (8, 64))
+    ),
+    *(
+        {"scheme": "arrowquant", "bit_width": bits, **unit}
+        for bits, unit in itertools.product(
+            (2, 4, 8), ({"granularity": "tensor"}, {"granularity": "channel"}, {"group_size": 32}, {"group_size": 128})
+        )
+    ),
 ]
 SPAN, TILE = 2048, 65536
 ROWS_NEAR_TIES = 2000
@@ -52,6 +92,9 @@ def label(options: dict[str, Any]) -> str:
 def shapes(command: Command) -> list[tuple[int, ...]]:
     """Sizes at which something changes: one, vectors, spans, tiles, several tiles, and one more or less."""
     spec = command.layer_spec()
+    if spec.scheme.transposed:
+        narrow = [(32, 64), (64, 192), (32, 0), (0, 64), (96, 128), (2, 64, 64), (160, 64), (32, SPAN + 64)]
+        return [*narrow, (128, 576), (288, 256), (32, TILE + 64)]
     if spec.granularity == "tensor":
         rows = [(), (1,), (2,), (17,), (3, 7), (5, 31), (1, SPAN), (3, SPAN + 1), (2, 3, 4, 5), (1, 1), (0, 4), (4, 0)]
         return [*rows, (1, TILE), (1, TILE + 1), (3, 50_001), (TILE // 64, 64), (129, 513)]
@@ -60,7 +103,14 @@ def shapes(command: Command) -> list[tuple[int, ...]]:
         short = [(int(1 + 5 * (width % 3)), width) for width in widths]
         spans = [(2, width) for width in (SPAN - 32, SPAN - 1, SPAN, SPAN + 1, SPAN + 32, 2 * SPAN + 17)]
         return [(), (0,), (2, 0), *short, *spans, (1, TILE - 1), (1, TILE), (2, TILE + 33), (700, 100), (515, 128)]
+    if spec.granularity == "block":
+        small = [(), (0,), (2, 0), (1,), (3, 5), (129, 1), (127, 129), (128, 128), (130, 255), (2, 65, 200), (257, 64)]
+        return [*small, (3, 511), (1, 512), (2, 513), (129, 1100), (1, 3 * SPAN + 1), (300, 300)]
     unit = spec.group_size
+    if spec.scheme.flat:
+        short = [(), (1,), (2,), (3, 7), (5, 31), (0, 4), (unit - 1,), (unit,), (unit + 1,), (3, unit), (7, 99)]
+        spans = [(1, SPAN + more) for more in (-33, -32, -1, 0, 1, 32, SPAN + unit // 2)]
+        return [*short, *spans, (1, TILE - 1), (1, TILE), (1, TILE + 1), (129, 513), (2, 5 * unit + 3)]
     row = [(1, unit), (3, unit), (2, 5 * unit), (2, 2, 3 * unit), (unit,), (0, unit), (1, SPAN - unit), (1, SPAN)]
     large = [(1, TILE - unit), (1, TILE), (1, TILE + unit), (TILE // unit + 1, unit), (7, 11 * unit)]
     return [*row, (3, SPAN + unit), (1, 2 * SPAN + unit), *large]
@@ -76,6 +126,8 @@ def layers_for(command: Command, dtype: str, wanted: list[tuple[int, ...]]) -> d
     unit = command.layer_spec().group_size or 96
     every = np.concatenate([weights_like(kind, 2 * unit, dtype, rng) for kind in KINDS])
     layers["every kind"] = every.reshape(-1, 2 * unit)
+    if command.layer_spec().scheme.transposed:
+        layers["every kind"] = np.resize(layers["every kind"], (32, 2 * unit // 32 * 32))
     return layers
 
 
@@ -88,7 +140,8 @@ def check_everywhere(batch: pa.RecordBatch, command: Command, expected: list[Any
             answer.batch.validate(full=True)
             for i, layer in enumerate(expected):
                 check_row(answer.batch, i, layer, what)
-                same_bits(answer.sums[i], layer.sums, f"{what} sums of row {i}")
+                sums_of_row = np.zeros(4) if isinstance(layer, LayerError) else layer.sums
+                same_bits(answer.sums[i], sums_of_row, f"{what} sums of row {i}")
             first = answer_bytes(answer.batch)
             sums = answer.sums
         elif answer_bytes(answer.batch) != first:
@@ -110,9 +163,10 @@ def test_every_size_on_every_engine(dtype: str, options: dict[str, Any], all_eng
 @pytest.mark.parametrize("scale_dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_scale_dtype_on_every_engine(dtype: str, scale_dtype: str, all_engines: list[Engine]) -> None:
-    for scheme, symmetric, unit in itertools.product(
-        ("int8", "int4"), (True, False), ({"granularity": "tensor"}, {"granularity": "channel"}, {"group_size": 64})
-    ):
+    units: list[dict[str, Any]] = [{"granularity": "tensor"}, {"granularity": "channel"}, {"group_size": 64}]
+    integers = itertools.product(("int8", "int4", "int2"), (True, False), units)
+    floats = itertools.product(("fp8_e4m3", "fp8_e5m2"), (True,), [*units[:2], {"granularity": "block"}])
+    for scheme, symmetric, unit in itertools.chain(integers, floats):
         command = Command.build(scheme=scheme, symmetric=symmetric, scale_dtype=scale_dtype, **unit)
         wanted = [(1, 64), (5, 192), (2, SPAN + 64), *((4, 64) for _ in KINDS)]
         layers = layers_for(command, dtype, wanted)

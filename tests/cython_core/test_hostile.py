@@ -28,7 +28,7 @@ def expected_of(case: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, dict[str, Any]]:
-    done = subprocess.run([sys.executable, TESTS / "fq_hostile.py"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, TESTS / "fq_hostile.py"], capture_output=True, text=True, timeout=240)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, f"died in {lines[-1] if lines else 'no case'}: {done.stderr[-2000:]}"
     return {line.pop("case"): line for line in lines}
@@ -55,7 +55,7 @@ def fuzz(kind: str, count: int, seed: int, at: Path, *flags: str) -> subprocess.
 
 
 @pytest.mark.timeout(0 if MUTATIONS else 300)
-@pytest.mark.parametrize("kind", fq_fuzz.TYPES)
+@pytest.mark.parametrize("kind", [*fq_fuzz.TYPES, *fq_fuzz.QUANTIZED])
 def test_mutated_batches_are_refused_or_answered_exactly(kind: str, tmp_path: Path) -> None:
     count = MUTATIONS or 150
     done = fuzz(kind, count, 20261121, tmp_path / "at")

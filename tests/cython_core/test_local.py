@@ -27,8 +27,19 @@ OPTIONS: list[dict[str, Any]] = [
     {"scheme": "int4", "granularity": "channel", "symmetric": False},
     {"scheme": "int4", "granularity": "tensor", "symmetric": False},
     {"scheme": "int4", "group_size": 256, "scale_dtype": "float16"},
+    {"scheme": "int2", "symmetric": False},
+    {"scheme": "int5", "granularity": "channel"},
+    {"scheme": "fp8_e4m3"},
+    {"scheme": "fp8_e5m2", "granularity": "tensor"},
     {"scheme": "q8_0"},
     {"scheme": "q4_0"},
+    {"scheme": "q4_1"},
+    {"scheme": "q5_0"},
+    {"scheme": "q5_1"},
+    {"scheme": "iq4_nl"},
+    {"scheme": "nvfp4"},
+    {"scheme": "nf4"},
+    {"scheme": "fp4", "group_size": 1024},
 ]
 
 
@@ -88,7 +99,7 @@ def test_dequantize_gives_the_arrays_back(options: dict[str, Any]) -> None:
             zeros = None if spec.symmetric else made.zero_points
             again = dequantize_matrix(made.data, made.scales, zeros, spec, rows, cols)
             same_bits(back[name], again.reshape(weights.shape), name)
-            assert np.abs(back[name] - weights).max() < 0.6
+            assert np.abs(back[name] - weights).max() < max(0.6, 6 / 2**spec.scheme.bits)  # a step of the widest range
     for batch in table.to_batches():
         assert flightquant.dequantize(batch).keys() <= back.keys()
 
@@ -227,9 +238,7 @@ def test_an_error_of_ours_is_a_value_error_too() -> None:
         flightquant.quantize({"w": MATRIX}, "nf5")
 
 
-@pytest.mark.parametrize(
-    "column", ["layer_name", "shape", "status", "scheme", "group_size", "quantized_data", "scales"]
-)
+@pytest.mark.parametrize("column", ["layer_name", "shape", "scheme", "quantized_data", "scales"])
 def test_dequantize_names_a_missing_column(column: str) -> None:
     table = flightquant.quantize({"w": MATRIX}, "int4").drop_columns([column])
     with pytest.raises(InvalidRequestError, match=column):

@@ -26,6 +26,7 @@ from flightquant.spec import Command
 INT4 = Command.build(scheme="int4", group_size=32)
 INT8 = Command.build(scheme="int8")
 GOOD = stored_as(np.random.default_rng(11).standard_normal((3, 128)), "float32")
+WIDE = stored_as(np.random.default_rng(12).standard_normal((32, 128)), "float32")
 ANSWERS_OF_OK = ("quantized_data", "scales", "sqnr_db", "cosine", "max_abs_error", "zero_points")
 
 
@@ -69,6 +70,13 @@ def test_a_non_finite_weight_is_told_with_its_index(isa_engine: Engine, dtype: s
         Command.build(scheme="int8", granularity="tensor", symmetric=False),
         Command.build(scheme="q8_0"),
         Command.build(scheme="q4_0"),
+        Command.build(scheme="q5_1"),
+        Command.build(scheme="iq4_nl"),
+        Command.build(scheme="mxfp4"),
+        Command.build(scheme="nvfp4"),
+        Command.build(scheme="fp8_e4m3", granularity="block"),
+        Command.build(scheme="nf4"),
+        Command.build(scheme="fp4", group_size=4096),
     ):
         good = reference_layer(stored_as(GOOD, dtype), dtype, command)
         for size, places in ((128, (0, 1, 63, 64, 126, 127)), (70_016, (0, 35_000, 65_535, 65_536, 70_015))):
@@ -209,10 +217,44 @@ def test_a_group_that_does_not_divide_the_row_is_unsupported(
     assert answers.column("status")[0].as_py() == "ok"
 
 
+@pytest.mark.parametrize("shape", [(31, 64), (48, 96), (64, 33), (64,), (2, 31, 32)])
+@pytest.mark.parametrize("packing", ["gptq", "gptq-v2", "awq"])
+def test_a_matrix_that_does_not_fill_whole_words_is_unsupported(
+    any_engine: Engine, packing: str, shape: tuple[int, ...]
+) -> None:
+    command = Command.build(scheme="int4", packing=packing, granularity="channel")
+    answers = quantize(any_engine, request({"good": WIDE, "bad": np.ones(shape, np.float32)}), command)
+    check_row(answers, 0, reference_layer(WIDE, "float32", command))
+    check_row(answers, 1, reference_layer(np.ones(shape, np.float32), "float32", command))
+    assert "multiples of 32" in answers.column("error")[1].as_py()
+
+
+def test_a_zero_point_that_gptqs_first_version_cannot_hold_is_said(any_engine: Engine) -> None:
+    positive = WIDE.copy()
+    positive[3, 64:96] = np.abs(positive[3, 64:96])
+    options = {"scheme": "int4", "group_size": 32, "symmetric": False}
+    command = Command.build(packing="gptq", **options)
+    answers = quantize(any_engine, request({"good": WIDE, "bad": positive, "after": WIDE}), command)
+    for i, weights in enumerate((WIDE, positive, WIDE)):
+        check_row(answers, i, reference_layer(weights, "float32", command))
+    assert answers.column("status").to_pylist() == ["ok", "unsupported", "ok"]
+    assert answers.column("error")[1].as_py().startswith("zero point 14 is 0")
+    second = quantize(any_engine, request({"bad": positive}), Command.build(packing="gptq-v2", **options))
+    assert second.column("status")[0].as_py() == "ok"
+
+
 OVERRIDES: list[dict[str, Any]] = [
+    {"packing": "ct-int32"},
+    {"scheme": "int8", "packing": "ct-int8"},
     {"scheme": "int8"},
+    {"scheme": "int6"},
+    {"scheme": "fp8_e4m3"},
     {"scheme": "q8_0"},
     {"scheme": "q4_0"},
+    {"scheme": "mxfp8"},
+    {"scheme": "nvfp4"},
+    {"scheme": "fp8_e5m2", "granularity": "block"},
+    {"scheme": "nf4", "group_size": 64},
     {"bit_width": 8},
     {"granularity": "channel"},
     {"granularity": "tensor"},
@@ -226,6 +268,7 @@ OVERRIDES: list[dict[str, Any]] = [
 OVERRIDE_TYPES = {
     "scheme": pa.utf8(),
     "bit_width": pa.uint8(),
+    "packing": pa.utf8(),
     "granularity": pa.large_utf8(),
     "group_size": pa.int64(),
     "symmetric": pa.bool_(),
@@ -253,6 +296,14 @@ def test_every_override_of_a_row(any_engine: Engine) -> None:
     for i in range(5):
         expected = reference_layer(GOOD, "float32", INT4.override(OVERRIDES[3 + i]))
         check_row(sliced, i, expected)
+
+
+def test_a_rows_own_packing(any_engine: Engine) -> None:
+    rows = [{"packing": "awq"}, {}, {"packing": "gptq-v2", "symmetric": False}, {"scheme": "int2", "packing": "gptq"}]
+    answers = quantize(any_engine, request({f"w{i}": WIDE for i in range(4)}, columns=override_columns(rows)))
+    for i, row in enumerate(rows):
+        check_row(answers, i, reference_layer(WIDE, "float32", INT4.override(row)), str(row))
+    assert answers.column("packing").to_pylist() == ["awq", "ct-int32", "gptq-v2", "gptq"]
 
 
 @pytest.mark.parametrize(
@@ -339,10 +390,27 @@ def test_global_amax_sets_the_scale_of_a_whole_tensor(isa_engine: Engine, dtype:
     answers = quantize(isa_engine, batch, tensor)
     for i, value in enumerate(values):
         check_row(answers, i, reference_layer(weights, dtype, tensor, value), f"amax {value}")
-    for command in (INT4, INT8, Command.build(scheme="q8_0")):
+    whole = Command.build(scheme="nvfp4")
+    answers = quantize(isa_engine, batch, whole)
+    for i, value in enumerate(values):
+        check_row(answers, i, reference_layer(weights, dtype, whole, value), f"amax {value}")
+    for command in (INT4, INT8, Command.build(scheme="q8_0"), Command.build(scheme="mxfp4")):
         answers = quantize(isa_engine, batch, command)
         for i in range(3):
             check_row(answers, i, reference_layer(weights, dtype, command))
+
+
+def test_an_nvfp4_tensor_in_parts_with_its_amax_is_the_tensor_whole(any_engine: Engine) -> None:
+    weights = stored_as(np.random.default_rng(5).standard_normal((6, 48)), "float32")
+    command = Command.build(scheme="nvfp4")
+    whole = reference_layer(weights, "float32", command)
+    amax = pa.array([np.abs(weights).max()] * 3, pa.float32())
+    parts = {f"p{i}": weights[2 * i : 2 * i + 2] for i in range(3)}
+    answers = quantize(any_engine, request(parts, columns={"global_amax": amax}), command)
+    assert b"".join(answers.column("quantized_data").to_pylist()) == whole.data.tobytes()
+    scales = [np.array(scales, np.float32) for scales in answers.column("scales").to_pylist()]
+    same_bits(np.concatenate([part[:-1] for part in scales]), whole.scales[:-1], "scales")
+    assert {part[-1] for part in scales} == {whole.scales[-1]}
 
 
 def test_a_tensor_in_parts_with_its_amax_is_the_tensor_whole(any_engine: Engine) -> None:

@@ -16,6 +16,7 @@ from fq_testing import request, stored_as
 
 import flightquant
 from flightquant.cython_core import engine as engine_module
+from flightquant.cython_core import local
 from flightquant.cython_core._memory import OutputMemory
 from flightquant.cython_core._quantize import Plan
 from flightquant.cython_core.engine import Engine
@@ -39,7 +40,7 @@ def plans() -> Iterator[list[dict[str, np.ndarray]]]:
     seen: list[dict[str, np.ndarray]] = []
 
     def spy(jobs: np.ndarray, amax: np.ndarray, isa: str, measure: bool, *rest: Any) -> Plan:
-        *outputs, _ = rest
+        outputs = rest[:3]
         # The first columns of a job: where its weights are, and its bytes, scales and zero points in their outputs.
         seen.append({"weights": jobs[:, 0].copy()})
         for column, (name, base) in enumerate(zip(("data", "scales", "zeros"), outputs, strict=True), start=1):
@@ -119,7 +120,7 @@ def allocations() -> Iterator[dict[str, int]]:
 
 
 @pytest.mark.parametrize("metrics", [True, False])
-@pytest.mark.parametrize("scheme", ["int8", "int4", "q8_0", "q4_0"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int2", "int5", "fp8_e4m3", "q8_0", "q4_0", "q5_1", "iq4_nl"])
 @pytest.mark.parametrize(("dtype", "storage"), STORAGES, ids=str)
 def test_a_call_allocates_its_answer_and_little_else(
     any_engine: Engine, dtype: str, storage: pa.DataType, scheme: str, metrics: bool
@@ -154,8 +155,22 @@ def test_the_local_call_reads_arrays_where_they_lie(dtype: str) -> None:
     arrays = {"a": values[0], "b": values[1:]}
     with plans() as seen:
         table = flightquant.quantize(arrays, "int4")
-    assert [int(plan["weights"][0]) for plan in seen] == [array.ctypes.data for array in arrays.values()]
+    assert [int(start) for plan in seen for start in plan["weights"]] == [
+        array.ctypes.data for array in arrays.values()
+    ]
+    assert len(seen) == 1, "layers of one dtype are answered together"
     assert table.column("bytes_copied").to_pylist() == [0, 0]
+
+
+def test_the_local_call_answers_runs_of_layers_together() -> None:
+    arrays: dict[str, Any] = {f"w{i}": WEIGHTS[i % 3].astype(["<f4", "<f2"][i // 2 % 2]) for i in range(7)}
+    with mock.patch.object(local, "MAX_JOINED_LAYERS", 2), plans() as seen:
+        table = flightquant.quantize(arrays, "int4")
+    assert [len(plan["weights"]) for plan in seen] == [2, 2, 2, 1]
+    assert table.column("layer_name").to_pylist() == list(arrays)
+    for i, (name, array) in enumerate(arrays.items()):
+        alone = flightquant.quantize({name: array}, "int4").drop_columns(["kernel_ns"])
+        assert table.slice(i, 1).drop_columns(["kernel_ns"]).to_pylist() == alone.to_pylist()
 
 
 def test_the_local_call_reads_tables_where_they_lie() -> None:

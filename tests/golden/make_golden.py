@@ -1,17 +1,19 @@
-"""Make ``golden.npz``: what compressed-tensors and gguf themselves answer to weights that are hard to get right.
+"""Make the golden vectors: what the libraries themselves answer to weights that are hard to get right.
 
-Run from the repository root, with the ``oracles`` extra installed::
+Run from the repository root, with the ``oracles`` extra installed, for all families or for those named::
 
-    PYTHONPATH=tests python tests/golden/make_golden.py
+    PYTHONPATH=tests python tests/golden/make_golden.py [family ...]
 
-The file holds the inputs' bits as well, so that the tests need neither library. One JSON index describes the cases;
-bytes, scales and zero points of all cases stand one after the other in three arrays.
+Each family's file, ``<family>.npz``, holds the inputs' bits as well, so that the tests need no library. One JSON index
+describes the cases; bytes, scales and zero points of all cases stand one after the other in three arrays.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from fq_oracles import library_quantize
 
-TARGET = Path(__file__).with_name("golden.npz")
+FOLDER = Path(__file__).parent
 COLS = 256
 LARGEST = {"float32": 3.4e38, "float16": 65504.0, "bfloat16": 3.38e38, "float64": 3.4e38}
 SMALLEST = {"float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133, "float64": 2.0**-149}
@@ -36,11 +38,11 @@ TENSORS = ((0, 1), (1, 3), (4, 6), (6, 9), (10, 16), (3, 4), (9, 10))
 
 
 def matrix(dtype: str) -> npt.NDArray[np.float64]:
-    """16 rows of 256 weights, each row one kind of trouble, within the dtype's range."""
+    """22 rows of 256 weights, each row one kind of trouble, within the dtype's range."""
     rng = np.random.default_rng(20261121)
     largest, smallest = LARGEST[dtype], SMALLEST[dtype]
     decades = np.log10(largest)
-    rows = np.zeros((16, COLS))
+    rows = np.zeros((22, COLS))
     rows[0, ::2] = -0.0
     rows[1, :128], rows[1, 128:] = 0.5, -3.0
     rows[2] = np.arange(COLS) - 127.5  # int8: every code and every tie at scale 1
@@ -62,6 +64,16 @@ def matrix(dtype: str) -> npt.NDArray[np.float64]:
     rows[14, 9::32] = -8
     rows[15] = np.resize(np.arange(-63.5, 64, 0.5), COLS)  # q8_0: ties at d = 1
     rows[15, 31::32] = 127
+    rows[16] = np.resize(np.arange(-16, 16, 0.5), COLS)  # q5_0: ties at d = 1
+    rows[16, 7::32] = -16
+    rows[17] = np.resize(np.arange(-3, 28, 0.5), COLS)  # q5_1: ties at d = 1
+    rows[17, 3::32], rows[17, 30::32] = -3, 28
+    for row, kind in ((18, ml_dtypes.float8_e4m3fn), (20, ml_dtypes.float8_e5m2)):
+        every = np.arange(256, dtype=np.uint8).view(kind).astype(np.float64)
+        finite = np.sort(every[np.isfinite(every)])
+        rows[row] = np.resize(finite, COLS)  # every 8-bit float at scale 1, and every tie
+        rows[row + 1] = np.resize((finite[1:] + finite[:-1]) / 2, COLS)
+        rows[row + 1, -1] = finite[-1]
     return rows
 
 
@@ -71,68 +83,160 @@ def storage(values: npt.NDArray[np.float64], dtype: str) -> npt.NDArray[Any]:
     return stored.view(np.uint16) if dtype == "bfloat16" else stored
 
 
-def integer_options() -> list[dict[str, Any]]:
-    """Every scheme, granularity and symmetry of the integer schemes."""
-    return [
-        {"scheme": scheme, "symmetric": symmetric, "granularity": granularity, "group_size": group_size}
-        for scheme in ("int8", "int4")
-        for symmetric in (True, False)
-        for granularity, group_size in (
-            ("tensor", None),
-            ("channel", None),
-            *(("group", size) for size in (32, 64, 128, 256)),
-        )
-    ]
+COMMON_LIBRARIES = ("auto-gptq", "autoawq", "mlx", "compressed-tensors", "torch", "gguf", "bitsandbytes", "numpy")
+LIBRARIES = {"kquants": ("llama-cpp-python", "numpy")}
+
+Case = tuple[tuple[int, int, int], dict[str, Any]]
+"""(First row, last row, columns) of the matrix, and the command's options."""
 
 
-def cases() -> list[tuple[str, tuple[int, int, int], dict[str, Any]]]:
-    """(dtype, (first row, last row, columns), options) of every case."""
-    chosen: list[tuple[str, tuple[int, int, int], dict[str, Any]]] = []
-    whole = (0, 16, COLS)
-    for dtype in STORAGE:
-        for options in integer_options():
-            if dtype == "float64" and (options["granularity"] == "tensor" or options["group_size"] not in (None, 128)):
+def integer(dtype: str) -> Iterator[Case]:
+    """Every granularity and symmetry of int8 and int4; of the others, whose parameters those cover, a part."""
+    units = (("tensor", None), ("channel", None), *(("group", size) for size in (32, 64, 128, 256)))
+    for scheme, symmetric, (granularity, group_size) in itertools.product(("int8", "int4"), (True, False), units):
+        options = {"scheme": scheme, "symmetric": symmetric, "granularity": granularity, "group_size": group_size}
+        if dtype == "float64" and (granularity == "tensor" or group_size not in (None, 128)):
+            continue
+        if granularity == "tensor":
+            yield from (((first, last, COLS), options) for first, last in TENSORS)
+        else:
+            yield (0, 16, COLS), options
+        if granularity != "group":
+            yield from (((0, 16, cols), options) for cols in TAILS)
+        if granularity == "group" and group_size not in (32, 128):
+            continue
+        for scale_dtype in ("float32", "float16", "bfloat16"):
+            yield (10, 13, COLS), {**options, "scale_dtype": scale_dtype}
+            yield (3, 10, COLS), {**options, "scale_dtype": scale_dtype}
+    for scheme, symmetric in itertools.product(("int2", "int3", "int5", "int6", "int7"), (True, False)):
+        options = {"scheme": scheme, "symmetric": symmetric}
+        yield (0, 16, COLS), {**options, "granularity": "group", "group_size": 32}
+        if dtype == "float64":
+            continue
+        yield (0, 16, COLS), {**options, "granularity": "channel"}
+        yield from (((10, 16, cols), {**options, "granularity": "channel"}) for cols in TAILS)
+        yield (10, 16, COLS), {**options, "granularity": "tensor"}
+        yield (3, 10, COLS), {**options, "granularity": "group", "group_size": 128}
+
+
+def float8(_: str) -> Iterator[Case]:
+    """Both formats, one scale a row, a tensor or a block of 128x128."""
+    for scheme in ("fp8_e4m3", "fp8_e5m2"):
+        channel, tensor, block = ({"scheme": scheme, "granularity": name} for name in ("channel", "tensor", "block"))
+        yield (0, 16, COLS), channel
+        yield (18, 22, COLS), channel
+        yield from (((first, last, COLS), tensor) for first, last in TENSORS)
+        yield from (((first, last, COLS), block) for first, last in (*TENSORS, (0, 22)))
+        yield from (((0, 16, cols), each) for cols in TAILS for each in (channel, block))
+        yield (10, 16, 200), {**block, "scale_dtype": "float32"}
+        for scale_dtype in ("float32", "float16", "bfloat16"):
+            yield (3, 13, COLS), {**channel, "scale_dtype": scale_dtype}
+
+
+def codebook(_: str) -> Iterator[Case]:
+    """Blocks of the flat tensor, most with a short one at the end."""
+    for scheme in ("nf4", "fp4"):
+        yield from (((0, 16, COLS), {"scheme": scheme, "group_size": size}) for size in (32, 64, 4096))
+        yield from (((2, 15, 251), {"scheme": scheme, "group_size": 32 << k}) for k in range(8))
+        yield from (((0, 16, cols), {"scheme": scheme}) for cols in TAILS)
+
+
+def arrowquant(_: str) -> Iterator[Case]:
+    """Every width and granularity; the source's rule, not its program (tests/fq_oracles.py)."""
+    for width in (2, 4, 8):
+        options = {"scheme": "arrowquant", "bit_width": width}
+        yield (0, 18, COLS), {**options, "granularity": "channel"}
+        yield (0, 16, COLS), {**options, "granularity": "group", "group_size": 32}
+        yield from (((0, 16, cols), {**options, "granularity": "channel"}) for cols in TAILS)
+        yield from (((first, last, COLS), {**options, "granularity": "tensor"}) for first, last in TENSORS)
+
+
+def mlx(_: str) -> Iterator[Case]:
+    """MLX's affine codes of every width and group size."""
+    for width, group_size in itertools.product((2, 3, 4, 5, 6, 8), (32, 64, 128)):
+        yield (0, 18, COLS), {"scheme": "mlx", "bit_width": width, "group_size": group_size}
+
+
+def micro(_: str) -> Iterator[Case]:
+    """Groups of 16 and 32, one scale of the tensor over those of nvfp4."""
+    for scheme in ("mxfp4", "mxfp8"):
+        yield (0, 22, COLS), {"scheme": scheme}
+        yield (10, 16, 96), {"scheme": scheme}
+    yield from (((first, last, COLS), {"scheme": "nvfp4"}) for first, last in (*TENSORS, (0, 22), (14, 15), (18, 22)))
+    yield from (((10, 15, cols), {"scheme": "nvfp4"}) for cols in (16, 48, 112))
+
+
+def packing(dtype: str) -> Iterator[Case]:
+    """GPTQ's and AWQ's layouts: 32 rows, which is what they take. Rows without negative weights are not for GPTQ v1."""
+    if dtype == "float64":
+        return
+    for scheme, layouts in (
+        ("int4", ("gptq", "gptq-v2", "awq")),
+        ("int8", ("gptq", "gptq-v2")),
+        ("int3", ("gptq", "gptq-v2")),
+        ("int2", ("gptq", "gptq-v2")),
+    ):
+        for layout, symmetric, group_size in itertools.product(layouts, (True, False), (32, 128, None)):
+            if layout == "gptq" and not symmetric:
                 continue
-            if options["granularity"] == "tensor":
-                chosen += [(dtype, (first, last, COLS), options) for first, last in TENSORS]
-            else:
-                chosen.append((dtype, whole, options))
-            if options["granularity"] != "group":
-                chosen += [(dtype, (0, 16, cols), options) for cols in TAILS]
-            if options["granularity"] == "group" and options["group_size"] not in (32, 128):
-                continue
-            for scale_dtype in ("float32", "float16", "bfloat16"):
-                chosen.append((dtype, (10, 13, COLS), {**options, "scale_dtype": scale_dtype}))
-                chosen.append((dtype, (3, 10, COLS), {**options, "scale_dtype": scale_dtype}))
-        chosen += [(dtype, whole, {"scheme": scheme}) for scheme in ("q8_0", "q4_0")]
-    return chosen
+            granularity = "group" if group_size else "channel"
+            options = {"scheme": scheme, "packing": layout, "symmetric": symmetric, "granularity": granularity}
+            yield (0, 32, COLS), {**options, "group_size": group_size}
 
 
-def main() -> None:
-    """Ask the libraries and write the file."""
-    inputs = {dtype: storage(matrix(dtype), dtype) for dtype in STORAGE}
+def gguf(_: str) -> Iterator[Case]:
+    """ggml's blocks of 32."""
+    yield from (((0, 16, COLS), {"scheme": scheme}) for scheme in ("q8_0", "q4_0"))
+    yield from (((0, 18, COLS), {"scheme": scheme}) for scheme in ("q4_1", "q5_0", "q5_1"))
+
+
+def kquants(_: str) -> Iterator[Case]:
+    """ggml's searched blocks of 256 and 32."""
+    yield from (((0, 22, COLS), {"scheme": scheme}) for scheme in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl"))
+
+
+FAMILIES: dict[str, Callable[[str], Iterator[Case]]] = {
+    "integer": integer,
+    "float8": float8,
+    "codebook": codebook,
+    "gguf": gguf,
+    "kquants": kquants,
+    "micro": micro,
+    "packing": packing,
+    "mlx": mlx,
+    "arrowquant": arrowquant,
+}
+"""The cases of each family for weights of a dtype; the name is the file's."""
+
+
+def write(family: str) -> None:
+    """Ask the libraries and write the family's file."""
+    inputs = {dtype: storage(np.resize(matrix(dtype), (32, COLS)), dtype) for dtype in STORAGE}
     index = []
     data, scales, zeros = [], [], []
-    for dtype, (first, last, cols), options in cases():
-        weights = np.ascontiguousarray(inputs[dtype][first:last, :cols])
-        packed, scale, zero = library_quantize(weights, dtype, options)
-        data.append(packed)
-        scales.append(np.zeros(0, np.float32) if scale is None else scale)
-        zeros.append(np.zeros(0, np.float32) if zero is None else zero)
-        given = {key: value for key, value in options.items() if value is not None}
-        index.append([dtype, first, last, cols, len(packed), len(scales[-1]), len(zeros[-1]), given])
-    made_with = {name: version(name) for name in ("compressed-tensors", "torch", "gguf", "numpy")}
+    for dtype in STORAGE:
+        for (first, last, cols), options in FAMILIES[family](dtype):
+            weights = np.ascontiguousarray(inputs[dtype][first:last, :cols])
+            packed, scale, zero = library_quantize(weights, dtype, options)
+            data.append(packed)
+            scales.append(np.zeros(0, np.float32) if scale is None else scale)
+            zeros.append(np.zeros(0, np.float32) if zero is None else zero)
+            given = {key: value for key, value in options.items() if value is not None}
+            index.append([dtype, first, last, cols, len(packed), len(scales[-1]), len(zeros[-1]), given])
+    made_with = {name: version(name) for name in LIBRARIES.get(family, COMMON_LIBRARIES)}
     text = json.dumps({"made_with": made_with, "cases": index}).encode()
+    target = FOLDER / f"{family}.npz"
     np.savez_compressed(
-        TARGET,
+        target,
         index=np.frombuffer(text, np.uint8),
         data=np.concatenate(data),
         scales=np.concatenate(scales),
         zero_points=np.concatenate(zeros),
         **inputs,
     )
-    sys.stdout.write(f"{TARGET}: {len(index)} cases, {TARGET.stat().st_size} bytes, {made_with}\n")
+    sys.stdout.write(f"{target}: {len(index)} cases, {target.stat().st_size} bytes, {made_with}\n")
 
 
 if __name__ == "__main__":
-    main()
+    for name in sys.argv[1:] or FAMILIES:
+        write(name)

@@ -25,7 +25,7 @@ def act(client: flight.FlightClient, name: str, body: bytes = b"") -> list[Any]:
 
 def test_every_action_is_listed_with_a_line(client: flight.FlightClient) -> None:
     listed = {action.type: action.description for action in client.list_actions()}
-    assert set(listed) == {"schemes", "estimate", "version"}
+    assert set(listed) == {"schemes", "estimate", "version", "quantize_to"}
     assert all(text and "\n" not in text for text in listed.values())
 
 
@@ -36,17 +36,26 @@ def test_schemes(client: flight.FlightClient) -> None:
     assert int4["bits"] == 4
     assert int4["group_sizes"] == [32, 64, 128, 256]
     assert int4["defaults"] == {
-        "granularity": "group", "group_size": 128, "symmetric": True, "scale_dtype": "the weights' own"
+        "bit_width": 4, "packing": "ct-int32", "granularity": "group", "group_size": 128, "symmetric": True,
+        "scale_dtype": "the weights' own"
     }  # fmt: skip
     assert "compressed-tensors" in int4["exact_with"]
     assert answers["q4_0"]["packing"] == "gguf"
     assert answers["q4_0"]["defaults"]["scale_dtype"] == "float16"
+    assert answers["nf4"]["packing"] == "bnb-hi-first"
+    assert answers["nf4"]["defaults"] == {
+        "bit_width": 4, "packing": "bnb-hi-first", "granularity": "group", "group_size": 64, "symmetric": True,
+        "scale_dtype": "float32"
+    }  # fmt: skip
+    assert list(int4["packings"]) == ["ct-int32", "gptq", "gptq-v2", "awq"]
+    assert answers["arrowquant"]["bit_widths"] == [4, 2, 8]
+    assert answers["arrowquant"]["defaults"]["symmetric"] is False
     for name, answer in answers.items():
         # What is called a default is one: naming it changes nothing.
         defaults = {key: value for key, value in answer["defaults"].items() if key in answer["options"]}
         if defaults["granularity"] != "group":
-            assert defaults.pop("group_size") is None
-        assert answer["default_group_size"] in answer["group_sizes"]
+            assert defaults.pop("group_size", None) is None
+        assert answer["default_group_size"] in (answer["group_sizes"] or [None])
         if defaults.get("scale_dtype") == "the weights' own":
             del defaults["scale_dtype"]
         batch = request({"a": np.linspace(-1, 1, 512, dtype=np.float32).reshape(2, 256)})
@@ -74,13 +83,32 @@ def test_version(server: Server, client: flight.FlightClient) -> None:
         {"scheme": "int4", "granularity": "tensor", "symmetric": False},
         {"scheme": "int8"},
         {"bit_width": 8, "granularity": "tensor"},
+        {"scheme": "int3", "symmetric": False},
+        {"bit_width": 2},
+        {"scheme": "fp8_e4m3"},
+        {"scheme": "fp8_e5m2", "granularity": "tensor"},
+        {"scheme": "fp8_e4m3", "granularity": "block"},
+        {"scheme": "mxfp4"},
+        {"scheme": "mxfp8"},
+        {"scheme": "nvfp4"},
         {"scheme": "q8_0"},
         {"scheme": "q4_0"},
+        {"scheme": "q4_1"},
+        {"scheme": "q5_0"},
+        {"scheme": "q5_1"},
+        {"scheme": "iq4_nl"},
+        {"scheme": "nf4", "group_size": 512},
+        {"scheme": "arrowquant", "bit_width": 2, "group_size": 32},
+        {"scheme": "mlx", "bit_width": 6},
+        {"scheme": "int4", "packing": "awq", "group_size": 64},
+        {"scheme": "int3", "packing": "gptq", "granularity": "channel"},
     ],
     ids=str,
 )
 def test_an_estimate_is_what_the_work_gives(client: flight.FlightClient, command: dict[str, Any]) -> None:
     shapes = {"matrix": [6, 256], "row": [128], "cube": [2, 3, 128], "empty": [0, 128], "no rows": [3, 0]}
+    if "packing" in command:
+        shapes = {"matrix": [64, 256], "cube": [2, 32, 128], "empty": [0, 128], "no rows": [3, 0]}
     (answer,) = act(client, "estimate", json.dumps({**command, "shapes": shapes}).encode())
     reply = exchange(client, command, [request({name: np.ones(shape, np.float32) for name, shape in shapes.items()})])
     done = {row["layer_name"]: row["bytes_out"] for row in reply.rows()}
@@ -90,6 +118,7 @@ def test_an_estimate_is_what_the_work_gives(client: flight.FlightClient, command
 
 
 BAD_BODIES: list[tuple[bytes, str]] = [
+    (b'{"scheme": "int4", "packing": "awq", "shapes": {"w": [31, 128]}}', "shapes"),
     (b"", "shapes"),
     (b"nonsense", "shapes"),
     (b"[" * 100_000, "shapes"),
@@ -97,7 +126,7 @@ BAD_BODIES: list[tuple[bytes, str]] = [
     (b'{"scheme": "int4"}', "shapes"),
     (b'{"scheme": "int4", "shapes": [1]}', "shapes"),
     (b'{"shapes": {}}', "scheme"),
-    (b'{"scheme": "int5", "shapes": {}}', "scheme"),
+    (b'{"scheme": "int9", "shapes": {}}', "scheme"),
     (b'{"scheme": "int4", "shapes": {"a": 7}}', "shapes"),
     (b'{"scheme": "int4", "shapes": {"a": [1.5]}}', "shapes"),
     (b'{"scheme": "int4", "shapes": {"a": [true]}}', "shapes"),
@@ -137,9 +166,7 @@ def test_methods_that_are_not_offered(client: flight.FlightClient) -> None:
         writer.close()
 
     methods = {
-        "DoGet": lambda: client.do_get(flight.Ticket(b"")).read_all(),
         "DoPut": put,
-        "GetFlightInfo": lambda: client.get_flight_info(path),
         "ListFlights": lambda: list(client.list_flights()),
         "Handshake": lambda: client.authenticate_basic_token("user", "password"),
     }

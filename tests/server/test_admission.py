@@ -16,8 +16,9 @@ from fq_testing import request
 from pyarrow import flight
 
 from flightquant.errors import DrainingError, OverloadedError
-from flightquant.server.admission import Admission
+from flightquant.server.admission import OPEN_FACTOR, Admission
 from flightquant.server.app import Server, running_server
+from flightquant.server.auth import Identity
 from flightquant.server.calls import Call
 from flightquant.server.config import ServerConfig
 
@@ -153,6 +154,112 @@ def test_what_was_counted_is_given_back() -> None:
     admission.drain()
     with pytest.raises(DrainingError):
         admission.enter(Call("c", "DoExchange"))
+
+
+def test_a_call_waits_in_the_queue_until_there_is_room() -> None:
+    with serving(max_calls=1, max_queued=1, queue_timeout_s=60) as (server, client):
+        with open_exchange(client, COMMAND, BATCH.schema) as (writer, reader):
+            writer.write_batch(BATCH)
+            reader.read_chunk()
+            got: list[Any] = []
+            waiting = threading.Thread(target=lambda: got.append(exchange(client, COMMAND, [BATCH]).end["rows"]))
+            waiting.start()
+            eventually(lambda: sample(server, "calls_queued") == 1)
+            assert fails(client, COMMAND, schema=BATCH.schema).extra["code"] == "overloaded"
+            assert got == []
+        waiting.join()
+        assert got == [1]
+        assert sample(server, "calls_queued") == 0
+
+
+def test_a_draining_server_empties_its_queue() -> None:
+    admission = Admission(1, 100, max_queued=5, queue_s=60)
+    admission.enter(Call("running", "DoExchange"))
+    errors: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            admission.enter(Call("queued", "DoExchange"))
+        except DrainingError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    eventually(lambda: admission.queued == 1)
+    admission.drain()
+    thread.join(30)
+    assert len(errors) == 1
+    assert admission.queued == 0
+
+
+def test_the_queue_is_fair_between_identities() -> None:
+    """One identity has all places and most of the queue; another that comes last gets the first place."""
+    admission = Admission(3, 100, max_queued=10, queue_s=60)
+    entered: list[Call] = []
+
+    def call(name: str, number: int) -> Call:
+        return Call(f"{name}{number}", "DoExchange", identity=Identity(name, frozenset()))
+
+    def enter(one: Call) -> None:
+        admission.enter(one)
+        entered.append(one)
+
+    def wait_for(count: int) -> None:
+        eventually(lambda: len(entered) == count)
+
+    running = [call("greedy", i) for i in range(3)]
+    for one in running:
+        admission.enter(one)
+    threads = []
+    for place, one in enumerate([call("greedy", 3), call("greedy", 4), call("modest", 0), call("modest", 1)]):
+        threads.append(threading.Thread(target=enter, args=(one,)))
+        threads[-1].start()
+        eventually(lambda wanted=place + 1: admission.queued == wanted)
+    for count, one in enumerate(running, 1):
+        admission.leave(one)
+        wait_for(count)
+    # Then both have one place, and who came first is first.
+    assert [one.request_id for one in entered] == ["modest0", "greedy3", "greedy4"]
+    admission.leave(entered[1])
+    for thread in threads:
+        thread.join(60)
+    assert entered[-1].request_id == "modest1"
+
+
+def test_an_idle_call_gives_its_place_away_and_is_told() -> None:
+    with (
+        serving(max_calls=1, max_queued=0, idle_timeout_s=0.2) as (server, client),
+        open_exchange(client, COMMAND, BATCH.schema) as (writer, reader),
+    ):
+        writer.write_batch(BATCH)
+        reader.read_chunk()
+        eventually(lambda: _is_served(client))
+        assert (server.admission.calls, sample(server, "calls_silent")) == (0, 1)
+        writer.write_batch(BATCH)
+        with pytest.raises(flight.FlightTimedOutError) as caught:
+            reader.read_chunk()
+        extra = check_error(caught.value)
+        assert (extra["code"], extra["field"]) == ("deadline", "idle_timeout_s")
+        eventually(lambda: sample(server, "calls_silent") == 0)
+
+
+def _is_served(client: flight.FlightClient) -> bool:
+    try:
+        return exchange(client, COMMAND, [BATCH]).end["rows"] == 1
+    except (flight.FlightUnavailableError, pa.ArrowInvalid):  # a refusal may come before the schema could be written
+        return False
+
+
+def test_silent_calls_are_bounded_too() -> None:
+    admission = Admission(1, 100, idle_s=-1.0)
+    for i in range(OPEN_FACTOR):
+        call = Call(str(i), "DoExchange")
+        admission.enter(call)
+        call.silent_since = 0.0
+    assert admission.silent == OPEN_FACTOR - 1
+    with pytest.raises(OverloadedError):
+        admission.enter(Call("one more", "DoExchange"))
+    admission.leave(call)
 
 
 def test_ids_and_traces_come_from_the_headers() -> None:

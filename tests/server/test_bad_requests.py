@@ -14,9 +14,10 @@ from fq_rawflight import RawReply, batch_data, flight_data, raw_exchange, schema
 from fq_testing import Array, request
 from pyarrow import flight
 
+from flightquant.cython_core.engine import Limits
 from flightquant.server.app import Server, running_server
 from flightquant.server.config import ServerConfig
-from flightquant.server.exchange import MAX_METADATA_BYTES, MAX_METADATA_MESSAGES
+from flightquant.server.exchange import MAX_METADATA_MESSAGES
 
 GOOD = {"scheme": "int4", "group_size": 32}
 WEIGHTS: dict[str, Array] = {"a": np.linspace(-1, 1, 64, dtype=np.float32).reshape(2, 32)}
@@ -258,9 +259,32 @@ def test_a_layer_too_large_is_a_row(small: flight.FlightClient) -> None:
     assert [row["status"] for row in reply.rows()] == ["too_large", "ok"]
 
 
+def test_metadata_of_a_schema_is_bounded(client: flight.FlightClient) -> None:
+    for schema in (
+        BATCH.schema.with_metadata({"k": b"x" * (64 << 20)}),
+        BATCH.schema.set(0, BATCH.schema.field(0).with_metadata({"k": b"x" * (Limits().max_metadata_bytes + 1)})),
+    ):
+        failure = fails(client, GOOD, schema=schema)
+        assert (failure.extra["code"], failure.extra["field"]) == ("too_large", "max_metadata_bytes")
+    small = BATCH.replace_schema_metadata({"pandas": b"x" * 10_000})
+    assert exchange(client, GOOD, [small]).end["rows"] == 1
+
+
+def test_four_hundred_thousand_columns(client: flight.FlightClient) -> None:
+    schema = pa.schema([(f"x_{i}", pa.null()) for i in range(400_000)])
+    assert fails(client, GOOD, schema=schema).extra["code"] == "invalid_request"
+
+
+def test_a_hundred_thousand_empty_batches(server: Server) -> None:
+    reply = raw_exchange(server.location, [BEGIN, *[batch_data(BATCH.slice(0, 0))] * 100_000])
+    assert reply.code is grpc.StatusCode.UNKNOWN
+    assert reply.details.startswith("invalid_request: ")
+    assert len(reply.messages) <= 1
+
+
 def test_metadata_is_bounded(client: flight.FlightClient) -> None:
     with open_exchange(client, GOOD, BATCH.schema) as (writer, reader):
-        writer.write_metadata(b"x" * (MAX_METADATA_BYTES + 1))
+        writer.write_metadata(b"x" * (Limits().max_metadata_bytes + 1))
         with pytest.raises(flight.FlightServerError) as caught:
             reader.read_chunk()
     assert check_error(caught.value)["code"] == "too_large"

@@ -26,6 +26,7 @@ COMMANDS: list[dict[str, Any]] = [
     {"bit_width": 4, "granularity": "channel", "symmetric": False},
     {"scheme": "q8_0"},
     {"op": "quantize", "scheme": "q4_0"},
+    {"scheme": "nf4"},
 ]
 
 

@@ -73,7 +73,7 @@ def test_ready_serve_end() -> None:
             assert b"flightquant_exchanges_total" in page.read()
         with flight.connect(server.location) as client:
             assert exchange(client, COMMAND, [BATCH], headers={"x-request-id": "call-1"}).end["rows"] == 1
-            fails(client, {"scheme": "int5"}, schema=BATCH.schema, headers={"x-request-id": "call-2"})
+            fails(client, {"scheme": "int9"}, schema=BATCH.schema, headers={"x-request-id": "call-2"})
         server.signal(signal.SIGTERM)
         code, out, log = server.end()
     assert code == 0

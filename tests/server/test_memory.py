@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -11,6 +13,8 @@ from fq_flight import Reply, exchange, open_exchange
 from fq_process import server_process
 from fq_testing import request
 from pyarrow import flight
+
+from flightquant.server import heap
 
 BATCH_BYTES = 16 << 20
 COMMAND = {"scheme": "int4", "group_size": 128}
@@ -21,7 +25,7 @@ def test_growth_while_streaming(volume: int) -> None:
     """Under 256 MiB over idle, whatever the volume; nothing is left of it in Arrow's pool."""
     weights = np.random.default_rng(0).standard_normal((1024, BATCH_BYTES // 4096), np.float32)
     batch = request({"layer": weights})
-    with server_process(env={"MALLOC_ARENA_MAX": None}) as server, flight.connect(server.location) as client:
+    with server_process(env={heap.VARIABLE: None}) as server, flight.connect(server.location) as client:
         process = psutil.Process(server.process.pid)
         exchange(client, COMMAND, [request({"a": np.ones((1, 128), np.float32)})])
         idle = process.memory_info().rss
@@ -47,7 +51,21 @@ def test_growth_while_streaming(volume: int) -> None:
         assert growth < 256 << 20
 
 
-@pytest.mark.parametrize(("given", "found"), [(None, "1"), ("3", "3")])
-def test_the_process_has_one_heap_unless_its_operator_wants_more(given: str | None, found: str) -> None:
-    with server_process(env={"MALLOC_ARENA_MAX": given}) as server:
-        assert psutil.Process(server.process.pid).environ()["MALLOC_ARENA_MAX"] == found
+@pytest.mark.parametrize(
+    ("given", "found"), [(None, heap.TUNABLES.split(":")[0]), ("glibc.malloc.arena_max=3", "glibc.malloc.arena_max=3")]
+)
+def test_the_process_sets_up_its_heap_unless_its_operator_has(given: str | None, found: str) -> None:
+    with server_process(env={heap.VARIABLE: given}) as server:
+        # glibc cuts the rest of the variable off once it has read it.
+        assert psutil.Process(server.process.pid).environ()[heap.VARIABLE].split(":")[0] == found
+
+
+def test_glibc_knows_the_settings() -> None:
+    """With a misspelt name or a value out of range it would go on without a word."""
+    loader = next(Path("/").glob("lib*/ld-linux-*.so.*"))
+    listed = subprocess.run(
+        [loader, "--list-tunables"], env={heap.VARIABLE: heap.TUNABLES}, check=True, capture_output=True, text=True
+    ).stdout
+    for entry in heap.TUNABLES.split(":"):
+        name, value = entry.split("=")
+        assert f"\n{name}: {int(value):#x} " in listed

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import re
+import threading
 import urllib.request
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 from fq_flight import eventually, exchange, fails, sample
 from fq_testing import request
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from pyarrow import flight
 
 import flightquant
 from flightquant.cython_core import active_isa
+from flightquant.cython_core.engine import Engine
 from flightquant.errors import ERRORS
 from flightquant.server.admission import Admission
 from flightquant.server.app import Server, running_server
-from flightquant.server.metrics import FEW_NAMES, MAX_CLASS_LENGTH, MAX_LAYER_CLASSES, OTHER, Metrics, layer_classes
-from flightquant.spec import SCHEMES
-from flightquant.wire import ANSWER_FIELDS
+from flightquant.server.latency import Latency
+from flightquant.server.metrics import FEW_NAMES, MAX_CLASS_LENGTH, MAX_LAYER_CLASSES, OTHER, Metrics, layer_keys
+from flightquant.spec import SCHEMES, Command
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 COMMAND = {"scheme": "int4", "group_size": 32}
@@ -77,11 +81,15 @@ def test_the_numbers_are_those_of_the_answers() -> None:
         assert sample(server, "rows_total", status="non_finite") == 2
         for stage in ("receive", "validate", "queue", "kernel", "write"):
             assert sample(server, "stage_seconds_count", stage=stage) == 2
-        assert sample(server, "layers_total", layer_class="model.layers.*.mlp.up_proj.weight") == 6
-        assert sample(server, "layers_total", layer_class="lm_head.weight") == 2
-        assert sample(server, "layer_input_bytes_total", layer_class="model.layers.*.mlp.up_proj.weight") == 6 * 256
+        assert sample(server, "layers_total", layer_class="model.layers.*.mlp.up_proj.weight", scheme="int4") == 6
+        assert sample(server, "layers_total", layer_class="lm_head.weight", scheme="int4") == 2
+        assert (
+            sample(server, "layer_input_bytes_total", layer_class="model.layers.*.mlp.up_proj.weight", scheme="int4")
+            == 6 * 256
+        )
+        assert sample(server, "layer_weights_total", layer_class="lm_head.weight", scheme="int4") == 2 * 32
         seconds = sum(
-            sample(server, "layer_kernel_seconds_total", layer_class=name)
+            sample(server, "layer_kernel_seconds_total", layer_class=name, scheme="int4")
             for name in ("model.layers.*.mlp.up_proj.weight", "lm_head.weight")
         )
         assert seconds == pytest.approx(reply.end["kernel_ns"] / 1e9)
@@ -90,6 +98,10 @@ def test_the_numbers_are_those_of_the_answers() -> None:
         assert sample(server, "calls_limit") == server.config.max_calls
         assert sample(server, "batch_bytes_in_flight") == 0
         assert sample(server, "engine_batches") == 0
+        assert sample(server, "calls_waiting") == 0
+        assert sample(server, "compute_threads") == server.engine.n_threads
+        assert sample(server, "process_threads") >= threading.active_count()
+        assert sample(server, "memory_limit_bytes") > psutil.Process().memory_info().rss
         list(client.do_action("version"))
         eventually(lambda: sample(server, "actions_total", action="version", outcome="ok") == 1)
 
@@ -107,26 +119,72 @@ def test_the_numbers_are_those_of_the_answers() -> None:
 )
 @pytest.mark.parametrize("others", [1, FEW_NAMES + 1], ids=["few", "many"])
 def test_layer_classes(name: str, layer_class: str, others: int) -> None:
-    classes, which = layer_classes(pa.array([*["a"] * others, name, "a1"], pa.utf8()))
-    assert [classes[i] for i in which] == [*["a"] * others, layer_class, "a*"]
-    assert sorted(classes) == sorted({"a", layer_class, "a*"})
+    names = pa.array([*["a"] * others, name, "a1", name], pa.utf8())
+    keys, which = layer_keys(names, pa.array([*["int8"] * (others + 2), "int4"]))
+    expected = [*[("a", "int8")] * others, (layer_class, "int8"), ("a*", "int8"), (layer_class, "int4")]
+    assert [keys[i] for i in which] == expected
+    assert sorted(keys) == sorted(set(expected))
 
 
 def test_the_number_of_classes_is_bounded() -> None:
     registry = CollectorRegistry()
-    metrics = Metrics(registry, Admission(1, 1), {})
+    metrics = Metrics(registry, Admission(1, 1), {}, 1)
     words = ["".join(chr(97 + int(digit)) for digit in str(i)) for i in range(2 * MAX_LAYER_CLASSES)]
-    columns = {"layer_name": words, "status": ["ok"] * len(words)}
-    columns |= {name: [4] * len(words) for name in ("bytes_in", "bytes_out", "bytes_copied", "kernel_ns")}
-    nulls = {field.name: pa.nulls(len(words), field.type) for field in ANSWER_FIELDS}
-    arrays = {**nulls, **{name: pa.array(values) for name, values in columns.items()}}
-    batch = pa.RecordBatch.from_arrays([arrays[field.name].cast(field.type) for field in ANSWER_FIELDS], [*nulls])
-    metrics.observe_answer(batch, 0)
+    batch = request({word: np.ones((1, 32), np.float32) for word in words})
+    engine = Engine(1)
+    answer = engine.session(batch.schema, Command.build(scheme="int4", group_size=32)).quantize(batch)
+    engine.close()
+    metrics.observe_answer(answer, 0, 4)
     (family,) = [family for family in registry.collect() if family.name == "flightquant_layers"]
-    classes = {item.labels["layer_class"]: item.value for item in family.samples if item.name.endswith("_total")}
+    classes = {
+        item.labels["layer_class"]: item.value
+        for item in family.samples
+        if item.name.endswith("_total") and item.labels["scheme"] == "int4"
+    }
     assert len(classes) == MAX_LAYER_CLASSES + 1
     assert classes[OTHER] == len(words) - MAX_LAYER_CLASSES
     assert sum(classes.values()) == len(words)
+
+
+def test_openmetrics_has_the_traces_of_calls_as_exemplars() -> None:
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
+    with running_server() as server:
+        with flight.connect(server.location) as client:
+            exchange(client, COMMAND, [request({"a": np.ones((1, 32), np.float32)})], headers=headers)
+
+        def traced() -> set[str]:
+            asked = urllib.request.Request(server.metrics_url, headers={"Accept": "application/openmetrics-text"})
+            with urllib.request.urlopen(asked, timeout=10) as answer:
+                assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
+                families = list(openmetrics.text_string_to_metric_families(answer.read().decode()))
+            items = [item for family in families for item in family.samples if item.exemplar is not None]
+            assert {item.exemplar.labels["trace_id"] for item in items if item.exemplar is not None} <= {trace}
+            return {item.labels.get("stage", "call") for item in items}
+
+        eventually(lambda: traced() == {"receive", "validate", "queue", "kernel", "write", "call"})
+
+
+def test_latency_counts_as_the_librarys_histogram() -> None:
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    buckets = (0.001, 0.25, 1.0)
+    mine = Latency("x_seconds", "Time", "stage", ("a", "b"), buckets, ours)
+    library = Histogram("x_seconds", "Time", ("stage",), buckets=buckets, registry=theirs)
+    for stage in ("a", "b"):
+        library.labels(stage)
+    for seconds in (0.0005, 0.001, 0.2, 0.25, 0.3, 5.0):
+        mine.observe("a", seconds)
+        library.labels("a").observe(seconds)
+
+    def samples(registry: CollectorRegistry) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+        return {
+            (item.name, frozenset(item.labels.items())): item.value
+            for family in registry.collect()
+            for item in family.samples
+            if not item.name.endswith("_created")
+        }
+
+    assert samples(ours) == samples(theirs)
 
 
 def test_every_metric_is_documented_and_every_documented_metric_exists(server: Server) -> None:

@@ -13,9 +13,25 @@ from hypothesis import strategies as st
 from flightquant.errors import InvalidRequestError
 from flightquant.spec import MAX_COMMAND_BYTES, SCHEMES, Command
 
-KEYS = ("op", "scheme", "bit_width", "granularity", "group_size", "symmetric", "scale_dtype", "on_error", "metrics")
-INTEGERS = ("int8", "int4")
-GGUF = ("q8_0", "q4_0")
+KEYS = (
+    "op",
+    "scheme",
+    "bit_width",
+    "packing",
+    "granularity",
+    "group_size",
+    "symmetric",
+    "scale_dtype",
+    "on_error",
+    "metrics",
+)
+CODEBOOKS = ("nf4", "fp4")
+INTEGERS = ("int8", "int4", "int2", "int3", "int5", "int6", "int7")
+FLOATS = ("fp8_e4m3", "fp8_e5m2")
+MICRO = ("mxfp4", "mxfp8", "nvfp4")
+GGUF = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl")
+WIDE_BLOCKS = ("q6_k", "q5_k", "q4_k", "q3_k", "q2_k")
+BYTES = ("arrowquant",)
 
 
 def refusal(raw: Any) -> InvalidRequestError:
@@ -33,9 +49,11 @@ def test_defaults_are_the_contracts() -> None:
     assert Command.parse(b'{"scheme": "int8"}').layer_spec().granularity == "channel"
     for name in GGUF:
         assert Command.parse({"scheme": name}).layer_spec().group_size == 32
+    for name in WIDE_BLOCKS:
+        assert Command.parse({"scheme": name}).layer_spec().group_size == 256
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(4, "int4"), (8, "int8")])
+@pytest.mark.parametrize(("width", "scheme"), [(2, "int2"), (4, "int4"), (8, "int8")])
 def test_bit_width_is_short_for_a_scheme(width: int, scheme: str) -> None:
     assert Command.parse({"bit_width": width}) == Command.parse({"scheme": scheme})
     assert Command.parse({"bit_width": width, "scheme": scheme}) == Command.parse({"scheme": scheme})
@@ -45,7 +63,7 @@ def test_bit_width_is_short_for_a_scheme(width: int, scheme: str) -> None:
 def test_unknown_bit_width_is_refused(width: int) -> None:
     error = refusal({"bit_width": width})
     assert error.field == "bit_width"
-    assert "4, 8" in error.message
+    assert "2, 4, 8" in error.message
 
 
 def test_bit_width_and_scheme_that_disagree_are_refused() -> None:
@@ -54,25 +72,72 @@ def test_bit_width_and_scheme_that_disagree_are_refused() -> None:
     assert "disagree" in error.message
 
 
+def test_bit_width_chooses_among_the_widths_of_a_scheme() -> None:
+    for width in (2, 4, 8):
+        spec = Command.parse({"scheme": "arrowquant", "bit_width": width}).layer_spec()
+        assert (spec.scheme.name, spec.scheme.bits, spec.symmetric) == ("arrowquant", width, False)
+    assert Command.parse({"scheme": "arrowquant"}).layer_spec().scheme.bits == 4
+    error = refusal({"scheme": "arrowquant", "bit_width": 3})
+    assert (error.field, error.expected) == ("bit_width", (4, 2, 8))
+    wide = Command.parse({"scheme": "arrowquant", "bit_width": 8})
+    assert wide.override({"scheme": "int4"}).layer_spec().scheme.name == "int4"
+    assert wide.override({"bit_width": 2}).layer_spec().scheme.bits == 2
+    assert Command.parse({"scheme": "int8"}).override({"scheme": "arrowquant", "bit_width": 2}).bit_width == 2
+    assert Command.parse({"scheme": "int8"}).override({"bit_width": 2}).scheme == "int2"
+
+
+def test_packing_chooses_among_the_layouts_of_a_scheme() -> None:
+    assert Command.parse({"scheme": "int4"}).layer_spec().scheme.packing == "ct-int32"
+    gptq = Command.parse({"scheme": "int4", "packing": "gptq", "symmetric": False})
+    spec = gptq.layer_spec()
+    assert (spec.scheme.name, spec.scheme.packing, spec.group_size, spec.symmetric) == ("int4", "gptq", 128, False)
+    assert gptq.override({"packing": "awq"}).layer_spec().scheme.packing == "awq"
+    assert gptq.override({"scheme": "int8"}).layer_spec().scheme.packing == "gptq"
+    assert gptq.override({"scheme": "int6"}).layer_spec().scheme.packing == "ct-int32"
+    for options, field in (
+        ({"scheme": "int4", "packing": "gguf"}, "packing"),
+        ({"scheme": "int8", "packing": "awq"}, "packing"),
+        ({"scheme": "q4_0", "packing": "gptq"}, "packing"),
+        ({"scheme": "int4", "packing": "awq", "granularity": "tensor"}, "granularity"),
+    ):
+        error = refusal(options)
+        assert error.field == field
+        assert options[field] in error.message
+
+
 def expected_spec(
     scheme: str, granularity: str | None, group_size: int | None, symmetric: bool | None, scale_dtype: str | None
 ) -> tuple[Any, ...] | None:
     """The contract's table, written down a second time: the filled-in options, or None where it has no such thing."""
-    sizes = (32, 64, 128, 256) if scheme in INTEGERS else (32,)
-    allowed = ("tensor", "channel", "group") if scheme in INTEGERS else ("group",)
-    chosen = granularity or ("group" if group_size is not None or scheme != "int8" else "channel")
+    if scheme == "mlx":
+        chosen = granularity or "group"
+        if chosen != "group" or group_size not in (None, 32, 64, 128) or scale_dtype in ("float64", ""):
+            return None
+        return (scheme, chosen, group_size or 64, False, scale_dtype)
+    sizes = (32, 64, 128, 256) if scheme in (*INTEGERS, *BYTES) else () if scheme in FLOATS else (32,)
+    if scheme in CODEBOOKS:
+        sizes = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+    allowed = ("tensor", "channel", "group") if scheme in (*INTEGERS, *BYTES) else ("group",)
+    if scheme == "nvfp4":
+        sizes = (16,)
+    if scheme in FLOATS:
+        allowed = ("tensor", "channel", "block")
+    by_row = scheme in ("int8", *FLOATS, *BYTES)
+    chosen = granularity or ("group" if group_size is not None or not by_row else "channel")
     if chosen not in allowed or (group_size is not None and (chosen != "group" or group_size not in sizes)):
         return None
-    if scheme in GGUF and (symmetric is False or scale_dtype is not None):
+    if scheme not in (*INTEGERS, *BYTES) and symmetric is False:
         return None
-    if scale_dtype not in (None, "float32", "float16", "bfloat16"):
+    if scheme in (*GGUF, *MICRO) and scale_dtype is not None:
         return None
-    default = 128 if scheme in INTEGERS else 32
-    size = (group_size or default) if chosen == "group" else 0
-    return (scheme, chosen, size, symmetric is not False, scale_dtype)
+    if scale_dtype not in (None, "float32", *(() if scheme in (*CODEBOOKS, *BYTES) else ("float16", "bfloat16"))):
+        return None
+    default = 128 if scheme in (*INTEGERS, *BYTES) else 64 if scheme in CODEBOOKS else sizes[0] if sizes else 0
+    size = (group_size or default) if chosen == "group" else 128 if chosen == "block" else 0
+    return (scheme, chosen, size, symmetric is not False and scheme not in BYTES, scale_dtype)
 
 
-@pytest.mark.parametrize("scheme", [*INTEGERS, *GGUF])
+@pytest.mark.parametrize("scheme", [*INTEGERS, *FLOATS, *GGUF, *CODEBOOKS, *BYTES, *MICRO, "mlx"])
 def test_every_combination_of_options(scheme: str) -> None:
     tried = allowed = 0
     for granularity, size, symmetric, scale_dtype in itertools.product(
@@ -105,7 +170,17 @@ def test_every_combination_of_options(scheme: str) -> None:
             got = (spec.scheme.name, spec.granularity, spec.group_size, spec.symmetric, spec.scale_dtype)
             assert got == expected, raw
     assert tried == 5 * 9 * 3 * 6
-    assert allowed == (144 if scheme in INTEGERS else 8), allowed
+    combinations = {
+        INTEGERS: 144,
+        FLOATS: 32,
+        CODEBOOKS: 40,
+        BYTES: 72,
+        ("nvfp4",): 4,
+        ("mlx",): 96,
+        (*GGUF, *MICRO): 8,
+    }
+    wanted = next(count for names, count in combinations.items() if scheme in names)
+    assert allowed == wanted, allowed
 
 
 @pytest.mark.parametrize(
@@ -129,7 +204,7 @@ def test_a_value_of_another_type_is_refused_and_named(key: str, value: Any) -> N
 def test_an_unknown_value_is_refused_with_what_is_allowed(key: str, value: str) -> None:
     error = refusal({"scheme": "int4", key: value})
     assert error.field == key
-    allowed = {"op": ["quantize"], "on_error": ["row", "abort"], "scheme": [*INTEGERS, *GGUF]}[key]
+    allowed = {"op": ["quantize"], "on_error": ["row", "abort"], "scheme": list(SCHEMES)}[key]
     assert all(word in error.message for word in allowed)
 
 
@@ -202,8 +277,10 @@ def test_arbitrary_json_is_a_command_or_a_typed_refusal(raw: dict[str, Any]) -> 
 
 @given(
     st.fixed_dictionaries(
-        {"scheme": st.sampled_from([*INTEGERS, *GGUF])},
+        {"scheme": st.sampled_from(list(SCHEMES))},
         optional={
+            "bit_width": st.sampled_from([2, 4, 8]),
+            "packing": st.sampled_from(["ct-int32", "gptq", "awq"]),
             "granularity": st.sampled_from(["tensor", "channel", "group"]),
             "group_size": st.sampled_from([32, 64, 128, 256]),
             "symmetric": st.booleans(),
@@ -236,6 +313,11 @@ def test_a_command_survives_its_own_json(options: dict[str, Any]) -> None:
         ({"scheme": "int4", "symmetric": False}, {"symmetric": True}, ("int4", "group", 128, True, None)),
         ({"scheme": "int4"}, {"scale_dtype": "float16"}, ("int4", "group", 128, True, "float16")),
         ({"scheme": "int4", "group_size": 128}, {"scheme": "q8_0"}, ("q8_0", "group", 32, True, None)),
+        ({"scheme": "int4", "group_size": 64}, {"scheme": "fp8_e4m3"}, ("fp8_e4m3", "channel", 0, True, None)),
+        ({"scheme": "fp8_e4m3", "granularity": "tensor"}, {"bit_width": 2}, ("int2", "tensor", 0, True, None)),
+        ({"scheme": "int4", "scale_dtype": "float16"}, {"scheme": "nf4"}, ("nf4", "group", 64, True, None)),
+        ({"scheme": "nf4", "group_size": 2048}, {"scheme": "int4"}, ("int4", "group", 128, True, None)),
+        ({"scheme": "int4", "group_size": 128}, {"scheme": "nvfp4"}, ("nvfp4", "group", 16, True, None)),
         ({"scheme": "int8", "granularity": "tensor"}, {"scheme": "q4_0"}, ("q4_0", "group", 32, True, None)),
         (
             {"scheme": "int4", "symmetric": False, "scale_dtype": "float16"},
@@ -265,7 +347,9 @@ def test_a_rows_values_stand_in_place_of_the_calls(
         ({"scheme": "int4"}, {"granularity": "channel", "group_size": 128}, "group_size"),
         ({"scheme": "int4"}, {"scale_dtype": "float64"}, "scale_dtype"),
         ({"scheme": "int4"}, {"scheme": "q8_0", "group_size": 64}, "group_size"),
+        ({"scheme": "int4"}, {"scheme": "fp8_e5m2", "group_size": 64}, "group_size"),
         ({"scheme": "int4"}, {"scheme": "q8_0", "symmetric": False}, "symmetric"),
+        ({"scheme": "int4"}, {"scheme": "nf4", "scale_dtype": "float16"}, "scale_dtype"),
         ({"scheme": "int4"}, {"scheme": "q8_0", "granularity": "channel"}, "granularity"),
         ({"scheme": "int4"}, {"scheme": "q8_0", "scale_dtype": "float16"}, "scale_dtype"),
     ],
@@ -289,6 +373,12 @@ def test_scale_and_arithmetic_dtypes_follow_the_contract() -> None:
     assert {half.scale_dtype_for(dtype) for dtype in ("float32", "float16", "bfloat16")} == {"float16"}
     block = Command.build(scheme="q8_0").layer_spec()
     assert (block.scale_dtype_for("bfloat16"), block.arithmetic_for("bfloat16")) == ("float16", "float32")
+    for name, scales in (("mxfp4", "e8m0"), ("mxfp8", "e8m0"), ("nvfp4", "e4m3")):
+        micro = Command.build(scheme=name).layer_spec()
+        for dtype, arithmetic in (("bfloat16", "bfloat16"), ("float64", "float32")):
+            assert (micro.scale_dtype_for(dtype), micro.arithmetic_for(dtype)) == (scales, arithmetic)
+    flat = Command.build(scheme="nf4").layer_spec()
+    assert (flat.scale_dtype_for("bfloat16"), flat.arithmetic_for("bfloat16")) == ("float32", "float32")
 
 
 def test_build_takes_none_for_not_given() -> None:

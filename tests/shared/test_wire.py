@@ -124,6 +124,7 @@ def test_every_other_name_type_is_refused(kind: pa.DataType) -> None:
 ALLOWED: dict[str, tuple[pa.DataType, ...]] = {
     "shape": (pa.list_(pa.int64()), pa.large_list(pa.int64())),
     "scheme": (pa.utf8(), pa.large_utf8()),
+    "packing": (pa.utf8(), pa.large_utf8()),
     "granularity": (pa.utf8(),),
     "scale_dtype": (pa.utf8(),),
     "bit_width": (pa.uint8(), pa.int32(), pa.int64()),
@@ -155,6 +156,7 @@ REFUSED: dict[str, tuple[pa.DataType, ...]] = {
         pa.list_view(pa.int64()),
     ),
     "scheme": (pa.string_view(), pa.dictionary(pa.int32(), pa.utf8()), pa.int32(), pa.binary()),
+    "packing": (pa.int8(),),
     "granularity": (pa.int32(),),
     "scale_dtype": (pa.bool_(),),
     "bit_width": (pa.float32(), pa.utf8(), pa.bool_()),

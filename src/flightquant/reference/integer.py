@@ -1,4 +1,4 @@
-"""``int8`` and ``int4``: the rule of compressed-tensors 0.20 (``calculate_qparams``, ``_quantize``, ``pack_to_int32``).
+"""``int2`` to ``int8``: the rule of compressed-tensors 0.20 (``calculate_qparams``, ``_quantize``, ``pack_to_int32``).
 
 Every operation is rounded once, to the dtype of the arithmetic: the weights' own when the scales are of it too, else
 float32. The library computes in the weights' dtype, so that bfloat16 weights get bfloat16 quotients.
@@ -99,22 +99,19 @@ def unpack(packed: npt.NDArray[np.uint8], cols: int, bits: int) -> Codes:
 
 def quantize(
     weights: npt.NDArray[Any], spec: LayerSpec, dtype: str, global_amax: float | None = None
-) -> tuple[npt.NDArray[np.uint8], F32, F32]:
-    """Packed bytes, scales and zero points (flat) of a matrix of shape (rows, cols)."""
+) -> tuple[Codes, F32, F32]:
+    """Signed codes (a matrix), scales and zero points (flat) of a matrix of shape (rows, cols)."""
     matrix = widen(weights, dtype)
     groups = grouped(matrix, spec)
     scales, zeros = parameters(groups, spec, dtype, global_amax)
     signed = codes(groups, scales, zeros, spec, dtype).reshape(matrix.shape)
-    return pack(signed, spec.scheme.bits).reshape(-1), scales.reshape(-1), zeros.reshape(-1)
+    return signed, scales.reshape(-1), zeros.reshape(-1)
 
 
-def dequantize(
-    packed: npt.NDArray[np.uint8], scales: F32, zeros: F32 | None, spec: LayerSpec, rows: int, cols: int
-) -> F32:
-    """float32 weights of shape (rows, cols): ``(code - zero) * scale``."""
-    signed = unpack(packed.reshape(rows, -1), cols, spec.scheme.bits)
+def dequantize(signed: Codes, scales: F32, zeros: F32 | None, spec: LayerSpec) -> F32:
+    """float32 weights of the shape of ``signed``, (rows, cols): ``(code - zero) * scale``."""
     groups = grouped(signed.astype(np.float32), spec)
     if zeros is not None:
         groups = groups - zeros.reshape(groups.shape[:2])[..., None]
     with np.errstate(over="ignore", invalid="ignore"):
-        return (groups * scales.reshape(groups.shape[:2])[..., None]).reshape(rows, cols)
+        return (groups * scales.reshape(groups.shape[:2])[..., None]).reshape(signed.shape)

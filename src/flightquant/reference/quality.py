@@ -3,7 +3,8 @@
 Sums are made in an order that depends on the layer's shape alone, so that they are the same bits on every instruction
 set and for every number of threads: 16 float32 lanes over a *span* of at most 2048 weights, lanes added in float64 in
 their order, spans added up to a *tile* of about 65536 weights, tiles added up to the layer. A span never crosses a
-group or row (a *unit*) that is longer than it, nor one that is no multiple of 32 weights.
+group or row (a *unit*) that is longer than it, nor one that is no multiple of 32 weights. Where scales cover blocks of
+128x128 weights, a tile is a strip of 128 rows, and its spans are the rows' pieces of 512 weights, column by column.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from flightquant.reference.numeric import F32
 SPAN = 2048
 TILE = 65536
 LANES = 16
+STRIP_ROWS, STRIP_COLS = 128, 512
 # Squares of float32 lanes are trusted while their sum stays in this range; else the span is summed in float64.
 SUM_LOW, SUM_HIGH = 2.0**-80, 2.0**100
 
 Sums = npt.NDArray[np.float64]
+Tile = tuple[int, int, list[tuple[int, int]]]
+"""First and last weight of a tile, and of each of its spans in the order in which they are added."""
 
 
 def _joins_units(unit: int) -> bool:
@@ -30,9 +34,9 @@ def _joins_units(unit: int) -> bool:
     return unit <= SPAN and unit % 32 == 0
 
 
-def bounds(n: int, unit: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
-    """The tiles of a layer of ``n`` weights made of units (groups or rows), each as (begin, end, spans)."""
-    tiles = []
+def bounds(n: int, unit: int) -> list[Tile]:
+    """The tiles of a layer of ``n`` weights made of units (groups or rows)."""
+    tiles: list[Tile] = []
     tile = TILE // unit * unit if unit <= TILE else TILE
     span = SPAN // unit * unit if _joins_units(unit) else min(unit, SPAN)
     begin = 0
@@ -46,6 +50,20 @@ def bounds(n: int, unit: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
             at = stop
         tiles.append((begin, end, spans))
         begin = end
+    return tiles
+
+
+def strips(rows: int, cols: int) -> list[Tile]:
+    """The tiles of a matrix with a scale for each block of 128x128 weights."""
+    tiles: list[Tile] = []
+    for first in range(0, rows, STRIP_ROWS):
+        last = min(first + STRIP_ROWS, rows)
+        spans = [
+            (row * cols + col, row * cols + min(col + STRIP_COLS, cols))
+            for col in range(0, cols, STRIP_COLS)
+            for row in range(first, last)
+        ]
+        tiles.append((first * cols, last * cols, spans))
     return tiles
 
 
@@ -72,10 +90,13 @@ def _span_sums(x: F32, y: F32) -> tuple[Sums, np.float32]:
     return sums, np.uint32(magnitude).view(np.float32)
 
 
-def sums(x: F32, y: F32, unit: int) -> Sums:
-    """The layer's (sum x^2, sum e^2, sum x*e, largest |e|), from flat weights ``x`` and dequantized ``y``."""
+def sums(x: F32, y: F32, unit: int, tiles: list[Tile] | None = None) -> Sums:
+    """The layer's (sum x^2, sum e^2, sum x*e, largest |e|), from flat weights ``x`` and dequantized ``y``.
+
+    The tiles are those of the units, unless others are given.
+    """
     total = np.zeros(4)
-    for _, _, spans in bounds(x.size, unit):
+    for _, _, spans in bounds(x.size, unit) if tiles is None else tiles:
         tile = np.zeros(3)
         for begin, end in spans:
             part, largest = _span_sums(x[begin:end], y[begin:end])

@@ -1,0 +1,173 @@
+"""The client for asyncio: the same calls, answers as they come by ``async for``; cancelling a task ends its call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
+from weakref import WeakSet
+
+import pyarrow as pa
+
+from flightquant.client.calls import Cancellation, Placed, Progress
+from flightquant.client.client import QuantClient
+from flightquant.client.connection import Credentials
+from flightquant.client.exchange import STALL_SECONDS
+from flightquant.client.retry import Retry
+from flightquant.spec import Command
+
+
+class AsyncQuantClient:
+    """:class:`QuantClient` for asyncio; any number of calls may run at once.
+
+    Parameters
+    ----------
+    uri, credentials, headers, timeout_s, window_bytes, window_batches, keepalive_s, stall_s, retry
+        As for :class:`QuantClient`.
+
+    Examples
+    --------
+    >>> async with AsyncQuantClient("grpc://127.0.0.1:8815") as client:                   # doctest: +SKIP
+    ...     async for batch in client.stream(weights, "int4", group_size=128): ...
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        *,
+        credentials: Credentials | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+        window_bytes: int = 64 << 20,
+        window_batches: int = 16,
+        keepalive_s: float | None = 300.0,
+        stall_s: float = STALL_SECONDS,
+        retry: Retry | None = Retry(),  # noqa: B008 - frozen
+    ) -> None:
+        self._client = QuantClient(
+            uri,
+            credentials=credentials,
+            headers=headers,
+            timeout_s=timeout_s,
+            window_bytes=window_bytes,
+            window_batches=window_batches,
+            keepalive_s=keepalive_s,
+            stall_s=stall_s,
+            retry=retry,
+        )
+        self._workers: WeakSet[ThreadPoolExecutor] = WeakSet()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections, once the calls that were cancelled have ended: a connection outlives its calls."""
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        for worker in list(self._workers):
+            worker.shutdown(wait=True)
+        self._client.close()
+
+    def _worker(self) -> ThreadPoolExecutor:
+        """The one thread that a call's answers are waited for on."""
+        worker = ThreadPoolExecutor(1, "flightquant-call")
+        self._workers.add(worker)
+        return worker
+
+    async def quantize(
+        self,
+        weights: Any,
+        scheme: str | None = None,
+        *,
+        bit_width: int | None = None,
+        packing: str | None = None,
+        granularity: str | None = None,
+        group_size: int | None = None,
+        symmetric: bool | None = None,
+        scale_dtype: str | None = None,
+        on_error: str | None = None,
+        metrics: bool | None = None,
+        progress: Progress | None = None,
+    ) -> pa.Table:
+        """As :meth:`QuantClient.quantize`; ``progress`` is called on the event loop's thread."""
+        command = Command.build(
+            scheme=scheme,
+            bit_width=bit_width,
+            packing=packing,
+            granularity=granularity,
+            group_size=group_size,
+            symmetric=symmetric,
+            scale_dtype=scale_dtype,
+            on_error=on_error,
+            metrics=metrics,
+        )
+        cancellation = Cancellation()
+        worker = self._worker()
+        loop = asyncio.get_running_loop()
+        try:
+            told = _on_loop(progress, loop)
+            return await loop.run_in_executor(worker, self._client._quantize, weights, command, told, cancellation)
+        finally:
+            cancellation.now()
+            worker.shutdown(wait=False)
+
+    async def stream(
+        self,
+        weights: Any,
+        scheme: str | None = None,
+        *,
+        bit_width: int | None = None,
+        packing: str | None = None,
+        granularity: str | None = None,
+        group_size: int | None = None,
+        symmetric: bool | None = None,
+        scale_dtype: str | None = None,
+        on_error: str | None = None,
+        metrics: bool | None = None,
+        progress: Progress | None = None,
+    ) -> AsyncIterator[pa.RecordBatch]:
+        """As :meth:`QuantClient.stream`. ``aclose()``, or the end of the task, cancels the call."""
+        command = Command.build(
+            scheme=scheme,
+            bit_width=bit_width,
+            packing=packing,
+            granularity=granularity,
+            group_size=group_size,
+            symmetric=symmetric,
+            scale_dtype=scale_dtype,
+            on_error=on_error,
+            metrics=metrics,
+        )
+        cancellation = Cancellation()
+        worker = self._worker()
+        loop = asyncio.get_running_loop()
+        answers = self._client._stream(weights, command, _on_loop(progress, loop), cancellation)
+        try:
+            while (placed := await loop.run_in_executor(worker, _next, answers)) is not None:
+                yield placed[1]
+        finally:
+            cancellation.now()
+            worker.submit(answers.close)  # type: ignore[attr-defined]
+            worker.shutdown(wait=False)
+
+
+def _next(answers: Iterator[Placed]) -> Placed | None:
+    return next(answers, None)
+
+
+def _on_loop(progress: Progress | None, loop: asyncio.AbstractEventLoop) -> Progress | None:
+    if progress is None:
+        return None
+
+    def told(name: str, fraction: float) -> None:
+        loop.call_soon_threadsafe(progress, name, fraction)
+
+    return told

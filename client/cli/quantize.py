@@ -1,0 +1,271 @@
+"""``flightquant quantize``: source, recipe, output."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import typer
+
+from flightquant.client import QuantClient
+from flightquant.client.cli.in_process import in_process
+from flightquant.client.cli.page import write_page
+from flightquant.client.cli.progress import LayerProgress
+from flightquant.client.cli.report import console, conversion_facts, plan_facts, print_conversion, print_plan
+from flightquant.client.connection import Credentials
+from flightquant.client.convert import Conversion, Selection, convert, plan_of
+from flightquant.client.recipes import TARGETS, Recipe, available_presets, preset, read_recipe
+from flightquant.client.safetensors import FLOATS
+from flightquant.client.sinks import sizes
+from flightquant.client.sources import Source, open_source
+from flightquant.layers import Layer
+from flightquant.spec import GRANULARITIES, SCALE_DTYPES, SCHEMES, Command
+
+EXAMPLES = """
+[bold]Examples[/]
+
+  flightquant quantize model/ -o model-w4a16/ --preset vllm-w4a16
+
+  flightquant quantize model.safetensors -o model-int8.safetensors --scheme int8
+
+  flightquant quantize model-bf16.gguf -o model-q8_0.gguf --scheme q8_0
+
+  flightquant quantize s3://bucket/model -o out/ --keep 'lm_head,*down_proj*' --dry-run
+
+  flightquant quantize model/ -o out/ --recipe recipe.yaml --server grpc://host:8815 --resume
+"""
+
+
+def choice(values: Iterable[str]) -> dict[str, Any]:
+    """The parameters of an option that takes one of these values."""
+    allowed = list(values)
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in allowed:
+            raise typer.BadParameter(f'"{value}" is none; expected one of {", ".join(allowed)}')
+        return value
+
+    return {"callback": check, "autocompletion": lambda: allowed, "metavar": "NAME"}
+
+
+def quantize(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Safetensors file or folder, GGUF, Parquet or Arrow file or data set; a path or a URI (s3://...).",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="A folder, or a file named *.safetensors, *.gguf, *.parquet or *.arrow; a path or a URI.",
+            show_default=False,
+        ),
+    ],
+    preset: Annotated[
+        str | None,
+        typer.Option(**choice(available_presets()), help="A ready-made recipe.", show_default=False),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A recipe in YAML or JSON.", show_default=False)
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(**choice(TARGETS), help="Kind of output.", show_default="by its name")
+    ] = None,
+    scheme: Annotated[
+        str | None, typer.Option(**choice(SCHEMES), help="The number format.", show_default="int4")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights for each scale, such as 128.", show_default="the scheme's")
+    ] = None,
+    granularity: Annotated[
+        str | None,
+        typer.Option(**choice(GRANULARITIES), help="What one scale covers.", show_default="the scheme's"),
+    ] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option("--symmetric/--asymmetric", help="Without or with zero points.", show_default="symmetric"),
+    ] = None,
+    scale_dtype: Annotated[
+        str | None,
+        typer.Option(**choice(SCALE_DTYPES), help="Dtype of the scales.", show_default="the weights' own"),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERNS",
+            help="Leave layers of these names as they are; commas between, or repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier call was cut off.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done: sizes and time.")] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a page with error and cost of each layer.", show_default=False),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on standard output instead of tables.")
+    ] = False,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URI",
+            help="Quantize on this server, such as grpc://host:8815; else on this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File with the server's bearer token.", show_default=False)
+    ] = None,
+    ca: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM file of the server's authority.", show_default=False)
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="S", help="Deadline of each call to the server.", show_default=False)
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Compute threads on this machine.", show_default="all it may use")
+    ] = None,
+) -> None:
+    """Quantize a model into what vLLM, transformers or llama.cpp loads, or into a table.
+
+    Two-dimensional float weights are quantized, except embeddings, norms, the output layer and expert routers, unless
+    the recipe says otherwise. All other tensors and files are copied as they are. The output appears whole or not at
+    all.
+    """
+    options = {
+        "scheme": scheme,
+        "group_size": group_size,
+        "granularity": granularity,
+        "symmetric": symmetric,
+        "scale_dtype": scale_dtype,
+        "target": target,
+    }
+    made = build_recipe(preset, recipe, options, keep or [])
+    with open_source(model) as source:
+        if dry_run:
+            _show_plan(source, output, made, as_json=as_json, local=server is None, threads=threads)
+            return
+        connect = None
+        if server is not None:
+            connect = partial(QuantClient, server, credentials=Credentials(token_file, ca), timeout_s=timeout)
+        result = _convert(source, output, made, connect, threads, resume=resume)
+    if report is not None:
+        write_page(report, result, source=model, output=output)
+    if as_json:
+        typer.echo(json.dumps(conversion_facts(result, output)))
+    else:
+        print_conversion(console(), result, output)
+
+
+_SCHEME_OPTIONS = ("scheme", "bit_width", "group_size", "granularity", "symmetric", "scale_dtype", "mixture",
+                   "activations")  # fmt: skip
+
+
+def build_recipe(name: str | None, path: Path | None, options: dict[str, Any], keep: list[str]) -> Recipe:
+    """A recipe from a preset, a file and options; the later decide. A scheme that is named has its own options.
+
+    Raises
+    ------
+    InvalidRequestError
+        A value is wrong, or values do not go together.
+    """
+    keys: dict[str, Any] = {"scheme": "int4"} if name is None and path is None else {}
+    if name is not None:
+        keys |= preset(name)
+    if path is not None:
+        read = read_recipe(path)
+        keys = {**keys, **preset(read.pop("preset"))} if "preset" in read else keys
+        keys |= read
+    given = {key: value for key, value in options.items() if value is not None}
+    if "scheme" in given:
+        keys = {key: value for key, value in keys.items() if key not in _SCHEME_OPTIONS}
+    elif "granularity" in given:
+        keys.pop("group_size", None)
+    keys |= given
+    patterns = [pattern for each in keep for pattern in each.split(",") if pattern.strip()]
+    kept = keys.get("keep", [])
+    keys["keep"] = [*(kept.split(",") if isinstance(kept, str) else kept), *patterns]
+    return Recipe.parse(keys)
+
+
+Connect = Callable[[], QuantClient]
+
+
+def _convert(
+    source: Source, output: str, recipe: Recipe, connect: Connect | None, threads: int | None, *, resume: bool
+) -> Conversion:
+    plan = plan_of(source, output, recipe)
+    with LayerProgress({name: source.tensors[name].nbytes for name in plan.commands}) as progress:
+        quantizer = _quantizer(progress.tell, connect, threads)
+        return convert(source, output, recipe, quantizer, resume=resume, already=progress.tell)
+
+
+def _quantizer(
+    tell: Callable[[str, float], None], connect: Connect | None, threads: int | None
+) -> Callable[[Selection, Command], Iterator[pa.RecordBatch]]:
+    def quantize_all(layers: Selection, command: Command) -> Iterator[pa.RecordBatch]:
+        if connect is None:
+            yield from in_process(layers, command, tell, threads)
+            return
+        with connect() as client:
+            yield from client.stream(
+                layers,
+                command.scheme,
+                granularity=command.granularity,
+                group_size=command.group_size,
+                symmetric=command.symmetric,
+                scale_dtype=command.scale_dtype,
+                progress=tell,
+            )
+
+    return quantize_all
+
+
+def _show_plan(source: Source, output: str, recipe: Recipe, *, as_json: bool, local: bool, threads: int | None) -> None:
+    plan = plan_of(source, output, recipe)
+    nbytes = sizes(plan, source)
+    seconds = _estimate(source, plan.groups(list(plan.commands)), threads) if local else None
+    if as_json:
+        typer.echo(json.dumps(plan_facts(plan, source, nbytes, seconds)))
+    else:
+        print_plan(console(), plan, source, nbytes, seconds)
+
+
+def _estimate(source: Source, groups: dict[Command, list[str]], threads: int | None) -> float:
+    """Seconds that the kernels will take, from a few milliseconds of work on made-up weights of the same dtypes."""
+    total = 0.0
+    made = np.random.default_rng(0).standard_normal((1024, 2048), np.float32)
+    samples: dict[str, npt.NDArray[Any]] = {
+        "F32": made,
+        "F16": made.astype(np.float16),
+        "F64": made.astype(np.float64),
+        "BF16": (made.view(np.uint32) >> np.uint32(16)).astype(np.uint16),
+    }
+    for command, names in groups.items():
+        counts: Counter[str] = Counter()
+        for name in names:
+            counts[source.tensors[name].dtype] += source.tensors[name].nbytes
+        for dtype, nbytes in counts.items():
+            layer = Layer("sample", made.shape, FLOATS[dtype], samples[dtype].reshape(-1))
+            best = float("inf")
+            for _ in range(3):
+                started = time.perf_counter()
+                list(in_process({"sample": layer}, command, lambda *_: None, threads))
+                best = min(best, time.perf_counter() - started)
+            total += best * nbytes / layer.nbytes
+    return total

@@ -1,0 +1,301 @@
+"""Quantized files read back: compressed-tensors, bitsandbytes, GGUF and answer tables as float32 layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from flightquant.client.bitsandbytes import STATE
+from flightquant.client.compressed import FLOAT8
+from flightquant.client.safetensors import FLOATS, STORAGE
+from flightquant.client.sources import Source, Tensor, TensorMeta, place
+from flightquant.errors import InvalidRequestError
+from flightquant.reference import dequantize, dequantize_matrix, matrix_shape, packed_bytes, scale_count
+from flightquant.reference.integer import unpack
+from flightquant.reference.numeric import F32, widen
+from flightquant.spec import SCHEMES, Command, LayerSpec
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLayer:
+    """A quantized weight in a file.
+
+    Attributes
+    ----------
+    parts : tuple of str
+        The tensors that it is made of.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    scheme: str
+    parts: tuple[str, ...]
+    weights: Callable[[], F32]
+
+
+def stored_layers(source: Source) -> dict[str, StoredLayer]:
+    """The quantized weights of a source by their own names; the others stand as they are.
+
+    Raises
+    ------
+    InvalidRequestError
+        What stands beside a quantized weight does not fit it.
+    """
+    found: dict[str, StoredLayer] = {}
+    for name, meta in source.tensors.items():
+        if name.endswith(".weight_packed"):
+            layer = _integer(source, name.removesuffix("_packed"))
+        elif meta.dtype == FLOAT8 and f"{name}_scale" in source.tensors:
+            layer = _float8(source, name)
+        elif f"{name}.absmax" in source.tensors:
+            layer = _bitsandbytes(source, name)
+        elif meta.dtype.lower() in SCHEMES and SCHEMES[meta.dtype.lower()].block_bytes:
+            layer = _gguf(source, name)
+        else:
+            continue
+        found[layer.name] = layer
+    return found
+
+
+class DequantizedSource(Source):
+    """A quantized source as the float layers that its weights stand for; everything else as it is.
+
+    Parameters
+    ----------
+    dtype : str
+        Of the dequantized weights, as safetensors names it: ``"F32"``, ``"F16"`` or ``"BF16"``.
+    """
+
+    def __init__(self, source: Source, dtype: str = "F32") -> None:
+        self.label = source.label
+        self.metadata = {key: value for key, value in source.metadata.items() if key != "quantization_config"}
+        self.companions = getattr(source, "companions", {})
+        self.stored = stored_layers(source)
+        self._source = source
+        self._dtype = dtype
+        parts = {part: layer for layer in self.stored.values() for part in layer.parts}
+        self.tensors = {}
+        width = 4 if dtype == "F32" else 2
+        for name, meta in source.tensors.items():
+            if name not in parts:
+                self.tensors[name] = meta
+            elif parts[name].parts[0] == name:
+                layer = parts[name]
+                self.tensors[layer.name] = TensorMeta(dtype, layer.shape, prod(layer.shape) * width)
+
+    def load(self, name: str) -> Tensor:
+        """One tensor; a quantized one is computed now."""
+        if name not in self.stored:
+            return self._source.load(name)
+        return Tensor(name, self.tensors[name], _as(self.stored[name].weights(), self._dtype))
+
+    def release(self, name: str, first: int = 0, last: int | None = None) -> None:
+        """Give up what the source holds."""
+        if name not in self.stored:
+            self._source.release(name, first, last)
+            return
+        for part in self.stored[name].parts:
+            self._source.release(part)
+
+    def close(self) -> None:
+        """Close the source."""
+        self._source.close()
+
+    def fingerprint(self) -> list[Any]:
+        """The source's own, and the dtype."""
+        return [self._dtype, self._source.fingerprint()]
+
+
+def _as(weights: F32, dtype: str) -> npt.NDArray[np.uint8]:
+    flat = np.ascontiguousarray(weights).reshape(-1)
+    if dtype == "BF16":
+        # To the nearest, ties to even; what rounds beyond the largest becomes infinity, as everywhere.
+        bits = flat.view(np.uint32)
+        rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        return rounded.astype(np.uint16).view(np.uint8)
+    return flat.astype({"F32": np.float32, "F16": np.float16}[dtype]).view(np.uint8)
+
+
+def _misfit(source: Source, name: str, problem: str) -> InvalidRequestError:
+    return InvalidRequestError(f'"{name}" of {source.label} {problem}', field="model")
+
+
+def _array(source: Source, name: str) -> npt.NDArray[Any]:
+    """A small tensor's values, floats as float32."""
+    tensor = source.load(name)
+    if tensor.meta.dtype in FLOATS:
+        layer = tensor.layer()
+        return widen(layer.data, layer.dtype)
+    return np.frombuffer(tensor.data, STORAGE.get(tensor.meta.dtype, "|u1"))
+
+
+def _spec_of(scheme: str, scales: TensorMeta, rows: int, cols: int, *, symmetric: bool) -> LayerSpec:
+    """The options that a file's scales tell of."""
+    count = prod(scales.shape)
+    options: dict[str, Any] = {"scheme": scheme, "symmetric": symmetric}
+    if count == 1 and rows > 1:
+        options["granularity"] = "tensor"
+    elif count == rows:
+        options["granularity"] = "channel"
+    elif len(scales.shape) == 2 and scales.shape[0] != rows and "block" in SCHEMES[scheme].granularities:
+        options["granularity"] = "block"
+    elif count % rows == 0 and cols % (count // rows) == 0:
+        options["group_size"] = cols // (count // rows)
+    else:
+        options["granularity"] = "channel"
+    return Command.build(**options).layer_spec()
+
+
+def _integer(source: Source, name: str) -> StoredLayer:
+    shape_name, scale_name, zero_name = (f"{name}_{each}" for each in ("shape", "scale", "zero_point"))
+    for needed in (shape_name, scale_name):
+        if needed not in source.tensors:
+            raise _misfit(source, needed, "is missing beside its packed weight")
+    shape = _array(source, shape_name)
+    if shape.size != 2 or shape.min() < 1:
+        raise _misfit(source, shape_name, "is no shape of a matrix")
+    rows, cols = (int(extent) for extent in shape)
+    packed = source.tensors[f"{name}_packed"]
+    bits = packed.shape[-1] * 32 // cols if cols >= 32 else 32 * packed.shape[-1] // max(cols, 1)
+    scheme = f"int{bits}"
+    zeros_meta = source.tensors.get(zero_name)
+    if scheme not in SCHEMES:
+        raise _misfit(source, f"{name}_packed", f"would have {bits} bits a weight; expected 2 to 8")
+    spec = _spec_of(scheme, source.tensors[scale_name], rows, cols, symmetric=zeros_meta is None)
+    words = packed.nbytes // max(rows, 1)
+    count = scale_count(spec, rows, cols)
+    if packed.nbytes != rows * words or words != -(-cols * bits // 32) * 4 or _count(source, scale_name) != count:
+        raise _misfit(source, name, f"does not fit {scheme} of shape {[rows, cols]}")
+    parts = (f"{name}_packed", scale_name, shape_name, *((zero_name,) if zeros_meta else ()))
+
+    def weights() -> F32:
+        data = np.frombuffer(source.load(f"{name}_packed").data, np.uint8)
+        if bits == 8:
+            data = np.ascontiguousarray(data.reshape(rows, words)[:, :cols]).reshape(-1) ^ np.uint8(0x80)
+        zeros = None
+        if zeros_meta is not None:
+            zeros = _zeros(_array(source, zero_name), zeros_meta, rows, bits)
+        return dequantize_matrix(data, _array(source, scale_name), zeros, spec, rows, cols)
+
+    return StoredLayer(name, (rows, cols), scheme, parts, weights)
+
+
+def _zeros(values: npt.NDArray[Any], meta: TensorMeta, rows: int, bits: int) -> F32:
+    """Zero points, which the library packs along the rows, but leaves a tensor's only one as it is."""
+    if meta.dtype == "I8":
+        return values.astype(np.float32)
+    columns = np.ascontiguousarray(values.reshape(meta.shape).T).view(np.uint8)
+    codes = (columns ^ 0x80).view(np.int8)[:, :rows] if bits == 8 else unpack(columns, rows, bits)
+    return np.ascontiguousarray(codes.T).reshape(-1).astype(np.float32)
+
+
+def _count(source: Source, name: str) -> int:
+    return prod(source.tensors[name].shape)
+
+
+def _float8(source: Source, name: str) -> StoredLayer:
+    shape = source.tensors[name].shape
+    rows, cols = matrix_shape(shape)
+    spec = _spec_of("fp8_e4m3", source.tensors[f"{name}_scale"], rows, cols, symmetric=True)
+    if _count(source, f"{name}_scale") != scale_count(spec, rows, cols):
+        raise _misfit(source, f"{name}_scale", f"does not fit weights of shape {list(shape)}")
+
+    def weights() -> F32:
+        data = np.frombuffer(source.load(name).data, np.uint8)
+        return dequantize_matrix(data, _array(source, f"{name}_scale"), None, spec, rows, cols)
+
+    return StoredLayer(name, shape, "fp8_e4m3", (name, f"{name}_scale"), weights)
+
+
+def _bitsandbytes(source: Source, name: str) -> StoredLayer:
+    state_name = next((each for each in source.tensors if each.startswith(f"{name}.{STATE}")), None)
+    if state_name is None or f"{name}.nested_absmax" in source.tensors:
+        raise _misfit(source, name, "has no plain quant_state; double quantization cannot be read here")
+    try:
+        state = json.loads(bytes(source.load(state_name).data))
+        spec = Command.build(scheme=state["quant_type"], group_size=state["blocksize"]).layer_spec()
+        shape = tuple(int(extent) for extent in state["shape"])
+    except (ValueError, KeyError, TypeError):
+        raise _misfit(source, state_name, "is no quant_state") from None
+    rows, cols = matrix_shape(shape)
+    if source.tensors[name].nbytes != packed_bytes(spec, rows, cols):
+        raise _misfit(source, name, f"does not fit {spec.scheme.name} of shape {list(shape)}")
+    parts = (name, f"{name}.absmax", f"{name}.quant_map", state_name)
+
+    def weights() -> F32:
+        data = np.frombuffer(source.load(name).data, np.uint8)
+        return dequantize_matrix(data, _array(source, f"{name}.absmax"), None, spec, rows, cols)
+
+    return StoredLayer(name, shape, spec.scheme.name, parts, weights)
+
+
+def _gguf(source: Source, name: str) -> StoredLayer:
+    meta = source.tensors[name]
+    spec = Command.build(scheme=meta.dtype.lower()).layer_spec()
+    rows, cols = matrix_shape(meta.shape)
+
+    def weights() -> F32:
+        return dequantize_matrix(np.frombuffer(source.load(name).data, np.uint8), None, None, spec, rows, cols)
+
+    return StoredLayer(name, meta.shape, spec.scheme.name, (name,), weights)
+
+
+class AnswerSource(Source):
+    """A Parquet or Arrow file of answers as float32 layers."""
+
+    def __init__(self, path: str, rows: Callable[[list[str]], Iterator[pa.RecordBatch]]) -> None:
+        self.label = place(path).name
+        self.metadata = {}
+        self.tensors = {}
+        self._rows = rows
+        for batch in rows(["layer_name", "shape"]):
+            for name, shape in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
+                self.tensors[name] = TensorMeta("F32", tuple(shape), 4 * prod(shape))
+        self._held: Iterator[tuple[str, F32]] = iter(())
+
+    def _all(self) -> Iterator[tuple[str, F32]]:
+        columns = ["layer_name", "shape", "status", "error", "scheme", "group_size", "quantized_data", "scales",
+                   "zero_points", "row_offset"]  # fmt: skip
+        for batch in self._rows(columns):
+            yield from dequantize(batch).items()
+
+    def load(self, name: str) -> Tensor:
+        """One layer, dequantized; going back reads from the beginning."""
+        for again in (False, True):
+            self._held = self._all() if again else self._held
+            for found, weights in self._held:
+                if found == name:
+                    return Tensor(name, self.tensors[name], _as(weights, "F32"))
+        raise KeyError(name)
+
+
+def open_dequantized(path: str, dtype: str = "F32") -> Source:
+    """Any model, quantized or not, with its weights as floats.
+
+    Raises
+    ------
+    InvalidRequestError
+        What is in the file does not fit together.
+    OSError
+        It cannot be read.
+    """
+    from flightquant.client.sources import open_source
+
+    where = place(path)
+    if Path(where.path).suffix in (".parquet", ".arrow", ".feather"):
+        import pyarrow.dataset as ds
+
+        where.info()
+        kind = "parquet" if where.path.endswith(".parquet") else "ipc"
+        data = ds.dataset(where.path, filesystem=where.filesystem, format=kind)
+        if "quantized_data" in data.schema.names:
+            return AnswerSource(path, lambda columns: data.to_batches(columns=columns, batch_size=1, batch_readahead=1))
+    return DequantizedSource(open_source(path), dtype)

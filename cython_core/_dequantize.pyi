@@ -1,0 +1,22 @@
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import disjoint_base
+
+RESTORE_FIELDS: tuple[str, ...]
+
+def restores(isa: str, family: int) -> bool: ...
+
+@disjoint_base
+class Restorer:
+    @property
+    def tiles(self) -> int: ...
+    def __new__(cls, jobs: npt.NDArray[np.int64], isa: str, owner: object) -> Self: ...
+    def run(self, first: int, last: int, n_threads: int) -> None: ...
+    def finish(
+        self,
+        sums: npt.NDArray[np.float64],
+        first_bad: npt.NDArray[np.int64],
+        nanoseconds: npt.NDArray[np.int64],
+    ) -> None: ...

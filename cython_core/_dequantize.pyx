@@ -1,0 +1,191 @@
+"""The kernels' way back: jobs that make weights of packed bytes, cut into tiles that run without the GIL."""
+
+from cython.parallel cimport prange
+from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
+from libc.stdlib cimport calloc, free
+
+cdef extern from "fq.h" nogil:
+    enum:
+        FQ_TILE
+    ctypedef struct fq_job:
+        const void *weights
+        uint8_t *data
+        float *scales
+        float *zeros
+        int64_t n, unit, cols, row_bytes
+        int32_t family, dtype, bits, shared_scale, restored_dtype
+        void *restored
+    ctypedef struct fq_result:
+        double sum_x2, sum_e2, sum_xe
+        float max_error
+        int64_t first_bad, nanoseconds
+    ctypedef struct fq_kernels:
+        int (*restores)(int32_t family) noexcept nogil
+        void (*restore)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) noexcept nogil
+    const fq_kernels *fq_find(const char *name)
+
+cdef extern from "<time.h>" nogil:
+    ctypedef long time_t
+    struct timespec:
+        time_t tv_sec
+        long tv_nsec
+    enum:
+        CLOCK_MONOTONIC
+    int clock_gettime(int clock, timespec *to)
+
+RESTORE_FIELDS = (
+    "weights", "data", "scales", "zeros", "restored", "n", "unit", "cols", "row_bytes", "family", "dtype", "bits",
+    "shared_scale", "restored_dtype",
+)
+"""Columns of the matrix of jobs that :class:`Restorer` takes. The first five are addresses, 0 for none; the others are
+those of ``fq_job`` (kernels/fq.h)."""
+
+cdef enum:
+    WEIGHTS, DATA, SCALES, ZEROS, RESTORED, N, UNIT, COLS, ROW_BYTES, FAMILY, DTYPE, BITS, SHARED_SCALE, RESTORED_DTYPE
+    JOB_COLUMNS
+
+
+cdef const fq_kernels *kernels_of(str isa) except NULL:
+    cdef const fq_kernels *found = fq_find(isa.encode())
+    if found == NULL:
+        raise ValueError(f"this machine has no instruction set {isa!r}")
+    return found
+
+
+def restores(str isa, int32_t family):
+    """Whether the kernels of ``isa`` restore this family (a value of ``FAMILIES``)."""
+    return bool(kernels_of(isa).restores(family))
+
+
+cdef int64_t now() noexcept nogil:
+    cdef timespec time
+    clock_gettime(CLOCK_MONOTONIC, &time)
+    return <int64_t>time.tv_sec * 1000000000 + time.tv_nsec
+
+
+cdef struct Tile:
+    int64_t job, begin, end
+
+
+cdef class Restorer:
+    """Jobs cut into tiles; ``run`` may take them in any slices and with any number of threads: the bits are the same.
+
+    ``owner`` keeps the memory behind every address for as long as this lives: a caller that is interrupted may be gone
+    before the kernels are.
+    """
+
+    cdef readonly int64_t tiles
+    cdef const fq_kernels *_kernels
+    cdef fq_job *_jobs
+    cdef Tile *_tiles
+    cdef fq_result *_results
+    cdef object _owner
+    cdef int64_t _n_jobs
+
+    def __cinit__(self, const int64_t[:, ::1] jobs, str isa, owner):
+        """Plan jobs of shape (jobs, len(RESTORE_FIELDS)), each of a family that ``isa`` restores.
+
+        A job with ``restored`` writes its weights there; one with ``weights`` compares them with those.
+        """
+        if jobs.shape[1] != JOB_COLUMNS:
+            raise ValueError(f"expected a matrix of {len(RESTORE_FIELDS)} columns, got {jobs.shape[1]}")
+        self._kernels = kernels_of(isa)
+        self._n_jobs = jobs.shape[0]
+        self._owner = owner
+        self._jobs = <fq_job *>calloc(max(self._n_jobs, 1), sizeof(fq_job))
+        if self._jobs == NULL:
+            raise MemoryError()
+        cdef int64_t i, count = 0
+        for i in range(self._n_jobs):
+            if not self._kernels.restores(<int32_t>jobs[i, FAMILY]):
+                raise ValueError(f"no kernel restores family {jobs[i, FAMILY]}")
+            self._fill_job(i, &jobs[i, 0])
+            count += self._cut(i, NULL, 0)
+        self._tiles = <Tile *>calloc(max(count, 1), sizeof(Tile))
+        self._results = <fq_result *>calloc(max(count, 1), sizeof(fq_result))
+        if self._tiles == NULL or self._results == NULL:
+            raise MemoryError()
+        for i in range(self._n_jobs):
+            self.tiles += self._cut(i, self._tiles, self.tiles)
+        for i in range(self.tiles):
+            self._results[i].first_bad = -1
+
+    cdef void _fill_job(self, int64_t i, const int64_t *row) noexcept:
+        cdef fq_job *job = &self._jobs[i]
+        job.weights = <const void *><uintptr_t>row[WEIGHTS]
+        job.data = <uint8_t *><uintptr_t>row[DATA]
+        job.scales = <float *><uintptr_t>row[SCALES]
+        job.zeros = <float *><uintptr_t>row[ZEROS]
+        job.restored = <void *><uintptr_t>row[RESTORED]
+        job.n, job.unit, job.cols, job.row_bytes = row[N], row[UNIT], row[COLS], row[ROW_BYTES]
+        job.family, job.dtype, job.bits = row[FAMILY], row[DTYPE], row[BITS]
+        job.shared_scale, job.restored_dtype = row[SHARED_SCALE], row[RESTORED_DTYPE]
+
+    cdef int64_t _cut(self, int64_t i, Tile *to, int64_t at) noexcept:
+        """Count a job's tiles, and write them from index ``at`` on if ``to`` is given: the cut of ``Plan``."""
+        cdef const fq_job *job = &self._jobs[i]
+        cdef int64_t begin = 0, end, count = 0
+        cdef int64_t step = FQ_TILE // job.unit * job.unit if job.unit <= FQ_TILE else FQ_TILE
+        while begin < job.n:
+            end = begin + step
+            if job.unit > FQ_TILE:
+                end = min(end, begin - begin % job.unit + job.unit)
+            end = min(end, job.n)
+            if to != NULL:
+                to[at + count].job, to[at + count].begin, to[at + count].end = i, begin, end
+            count += 1
+            begin = end
+        return count
+
+    def __dealloc__(self):
+        free(self._jobs)
+        free(self._tiles)
+        free(self._results)
+
+    def run(self, int64_t first, int64_t last, int n_threads):
+        """Restore the tiles from ``first`` up to ``last``."""
+        cdef int64_t i
+        if not 0 <= first <= last <= self.tiles:
+            raise IndexError(f"tiles {first} to {last} of {self.tiles}")
+        with nogil:
+            for i in prange(first, last, num_threads=n_threads, schedule="dynamic", chunksize=1):
+                self._run_one(i)
+
+    cdef void _run_one(self, int64_t i) noexcept nogil:
+        cdef int64_t start = now()
+        cdef Tile *tile = &self._tiles[i]
+        self._kernels.restore(&self._jobs[tile.job], tile.begin, tile.end, &self._results[i])
+        self._results[i].nanoseconds = now() - start
+
+    def finish(self, double[:, ::1] sums, int64_t[::1] first_bad, int64_t[::1] nanoseconds):
+        """Add the tiles' results up, in their order.
+
+        Parameters
+        ----------
+        sums : float64 array of shape (jobs, 4), written
+            sum x^2, sum e^2, sum x*e, largest abs(e); zeros for a job without weights to compare with.
+        first_bad : int64 array of shape (jobs,), written
+            Index of the first such weight that is not finite, or -1.
+        nanoseconds : int64 array of shape (jobs,), written
+            Time that threads spent on the job.
+        """
+        if sums.shape[0] < self._n_jobs or sums.shape[1] != 4:
+            raise ValueError("sums has another shape than (jobs, 4)")
+        if first_bad.shape[0] < self._n_jobs or nanoseconds.shape[0] < self._n_jobs:
+            raise ValueError("an output is shorter than the jobs")
+        cdef int64_t i, j
+        cdef fq_result *part
+        for j in range(self._n_jobs):
+            sums[j, 0] = sums[j, 1] = sums[j, 2] = sums[j, 3] = 0
+            first_bad[j] = -1
+            nanoseconds[j] = 0
+        for i in range(self.tiles):
+            part, j = &self._results[i], self._tiles[i].job
+            sums[j, 0] += part.sum_x2
+            sums[j, 1] += part.sum_e2
+            sums[j, 2] += part.sum_xe
+            if part.max_error > sums[j, 3] or part.max_error != part.max_error:
+                sums[j, 3] = part.max_error
+            if first_bad[j] < 0:
+                first_bad[j] = part.first_bad
+            nanoseconds[j] += part.nanoseconds

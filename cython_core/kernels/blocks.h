@@ -1,0 +1,74 @@
+/* One scale for each block of FQ_EDGE x FQ_EDGE weights, cut short at the matrix's edges.
+ *
+ * A tile is a strip of FQ_EDGE rows. It is taken in pieces of FQ_PIECE columns, small enough for the second-level
+ * cache: a piece is read from memory once, for its blocks' ranges, and again from the cache to be quantized, while the
+ * next piece is fetched. Spans are the pieces' rows, in this order (flightquant/reference/quality.py: strips). */
+#ifndef FQ_BLOCKS_H
+#define FQ_BLOCKS_H
+
+#include "scaled.h"
+
+enum { FQ_PIECE = 512, FQ_ACROSS = FQ_PIECE / FQ_EDGE };
+
+/* The ranges of a piece's blocks: `width` columns from `begin` on, of so many rows. */
+FQ_INLINE void range_blocks(const fq_job *job, int64_t begin, int64_t rows, int64_t width, int32_t *high) {
+  _Alignas(64) float buffer[FQ_PIECE];
+  pi highest[FQ_ACROSS], none;
+  for (int b = 0; b < FQ_ACROSS; b++)
+    highest[b] = pi_set(0);
+  for (int64_t row = 0; row < rows; row++) {
+    const float *x = load_span(job, begin + row * job->cols, width, buffer);
+    for (int64_t b = 0; b * FQ_EDGE < width; b++) {
+      const int64_t rest = round_up(width - b * FQ_EDGE, FQ_LANES);
+      pi found;
+      range_lanes(NULL, x + b * FQ_EDGE, rest < FQ_EDGE ? rest : FQ_EDGE, 1, &found, &none);
+      highest[b] = pi_max(highest[b], found);
+    }
+  }
+  for (int b = 0; b < FQ_ACROSS; b++)
+    high[b] = pi_highest(highest[b]);
+}
+
+/* The first weight of a strip that is not finite: pieces lie across the order of the weights. */
+static __attribute__((noinline)) void note_bad_strip(const fq_job *job, int64_t begin, int64_t end, fq_result *result) {
+  _Alignas(64) float buffer[FQ_SPAN];
+  for (int64_t at = begin; at < end && result->first_bad < 0; at += FQ_SPAN) {
+    const int64_t n = end - at < FQ_SPAN ? end - at : FQ_SPAN;
+    note_bad(load_span(job, at, n, buffer), at, n, result);
+  }
+}
+
+/* Quantize a strip, piece by piece: ranges, parameters, then row by row codes, packed bytes, quality sums. */
+FQ_INLINE void quantize_strip(const fq_job *job, int64_t begin, int64_t end, fq_result *result,
+                              span_quantizer *quantizer, span_packer *packer) {
+  _Alignas(64) float buffer[FQ_PIECE], again[FQ_PIECE];
+  _Alignas(64) int8_t bytes[FQ_PIECE];
+  const int64_t cols = job->cols, rows = (end - begin) / cols, across = (cols + FQ_EDGE - 1) / FQ_EDGE;
+  float *scales = job->scales + begin / cols / FQ_EDGE * across;
+  span_units u;
+  memset(&u, 0, sizeof u);
+  for (int64_t col = 0; col < cols; col += FQ_PIECE) {
+    const int64_t width = cols - col < FQ_PIECE ? cols - col : FQ_PIECE, padded = round_up(width, FQ_STEP);
+    const int64_t blocks = (width + FQ_EDGE - 1) / FQ_EDGE;
+    u.careful = 0;
+    range_blocks(job, begin + col, rows, width, u.high);
+    for (int64_t b = 0; b < blocks; b++)
+      if (u.high[b] >= FQ_INFINITY_BITS)
+        note_bad_strip(job, begin, end, result);
+    parameters_16(job, &u, 0);
+    memcpy(scales + col / FQ_EDGE, u.scale, (size_t)blocks * sizeof(float));
+    spread(&u, blocks, FQ_EDGE / FQ_BLOCK);
+    for (int64_t row = 0; row < rows; row++) {
+      const int64_t at = begin + row * cols + col;
+      const float *x = load_span(job, at, width, buffer);
+      fetcher next = fetch_from(job, col + width < cols ? at + width : at - col + FQ_EDGE * cols);
+      int8_t *codes = padded == width ? (int8_t *)job->data + at : bytes;
+      quantizer(job, &next, x, padded, &u, codes, again);
+      packer(job, at, width, codes);
+      if (job->measure)
+        measure(x, again, round_up(width, FQ_LANES), &next, result);
+    }
+  }
+}
+
+#endif

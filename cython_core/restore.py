@@ -1,0 +1,323 @@
+"""Quantized rows back to weights, or compared with the weights that they were made of. Knows Arrow, not Flight."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from flightquant.cython_core._dequantize import RESTORE_FIELDS, Restorer, restores
+from flightquant.cython_core._memory import MIN_BYTES, OutputMemory
+from flightquant.cython_core._quantize import DTYPES, FAMILIES, quality_columns
+from flightquant.cython_core.answer import status_columns, with_nulls
+from flightquant.cython_core.engine import MAX_ANSWER_BYTES, Answer, Engine
+from flightquant.cython_core.validate import VALUE_BYTES, Limits
+from flightquant.cython_core.validate_quantized import CheckedRows, Ints, QuantizedRequest, check_rows
+from flightquant.errors import DeadlineError, LayerError, TooLargeError, clip_text
+from flightquant.reference import compare, dequantize_matrix, packed_bytes
+from flightquant.reference.numeric import widen
+from flightquant.spec import Command, LayerSpec
+from flightquant.wire import RESTORED_VALUES, EndMessage, restored_schema, verified_schema
+
+NO_SCHEME = "none"
+"""The scheme, in costs, of rows that name none which exists."""
+_STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "float64": np.float64}
+
+
+@dataclass(slots=True)
+class Results:
+    """What came of the rows of one batch: quality sums, nanoseconds of work, seconds of each stage."""
+
+    sums: npt.NDArray[np.float64]
+    nanoseconds: Ints
+    seconds: dict[str, float]
+
+
+def restore(
+    engine: Engine,
+    checked: CheckedRows,
+    targets: Ints,
+    target_dtype: str,
+    weights_dtype: str | None,
+    should_stop: Callable[[], bool] | None,
+) -> Results:
+    """Restore every row that is good and not empty.
+
+    Parameters
+    ----------
+    targets : int64 array of shape (rows,)
+        Address to which each row's weights are written; 0 for rows that are only compared.
+    target_dtype : {"float32", "float16"}
+        Of the weights written.
+    weights_dtype : str or None
+        Of the weights to compare with, if there are any; a row whose weights are not finite becomes a failure.
+    """
+    rows = len(checked.matrix)
+    results = Results(np.zeros((rows, 4)), np.zeros(rows, np.int64), {"queue": 0.0, "kernel": 0.0})
+    first_bad = np.full(rows, -1, np.int64)
+    todo = np.flatnonzero(checked.lengths)
+    by_kernel = np.array([_has_kernel(spec, engine.isa) for spec in checked.specs], bool)
+    fast = by_kernel[checked.spec_of_row[todo]] if todo.size else np.zeros(0, bool)
+    mine = todo[fast]
+    if mine.size:
+        jobs = _jobs(checked, mine, targets, target_dtype, weights_dtype)
+        plan = Restorer(jobs, engine.isa, checked)
+        engine.in_slices(plan.run, plan.tiles, should_stop, results.seconds)
+        sums, bad, spent = np.empty((mine.size, 4)), np.empty(mine.size, np.int64), np.empty(mine.size, np.int64)
+        plan.finish(sums, bad, spent)
+        results.sums[mine], first_bad[mine], results.nanoseconds[mine] = sums, bad, spent
+    for i in todo[~fast].tolist():
+        if should_stop is not None and should_stop():
+            raise DeadlineError("the call was cancelled or its time is over", field="deadline")
+
+        def slowly(first: int, last: int, n_threads: int, i: int = i) -> None:
+            started = time.perf_counter_ns()
+            first_bad[i] = _restore_slowly(checked, i, int(targets[i]), target_dtype, weights_dtype, results.sums)
+            results.nanoseconds[i] = time.perf_counter_ns() - started
+
+        engine.in_slices(slowly, 1, None, results.seconds)
+    for i in np.flatnonzero(first_bad >= 0):
+        text = f"weight {first_bad[i]} is NaN or infinite as float32; expected finite weights"
+        checked.failures.setdefault(int(i), ("non_finite", text))
+        results.sums[i] = 0
+    return results
+
+
+def _has_kernel(spec: LayerSpec, isa: str) -> bool:
+    plain = spec.granularity in ("tensor", "channel", "group") and not spec.scheme.transposed
+    return plain and restores(isa, FAMILIES[spec.scheme.name])
+
+
+def _jobs(
+    checked: CheckedRows, rows: Ints, targets: Ints, target_dtype: str, weights_dtype: str | None
+) -> npt.NDArray[np.int64]:
+    """The kernels' jobs of these rows, in their order."""
+    jobs = np.zeros((rows.size, len(RESTORE_FIELDS)), np.int64)
+    columns = {name: jobs[:, k] for k, name in enumerate(RESTORE_FIELDS)}
+    columns["data"][:] = checked.data.addresses[rows]
+    for name, cells in (("scales", checked.scales), ("zeros", checked.zeros)):
+        columns[name][:] = np.where(cells.counts[rows] >= 0, cells.addresses[rows], 0)
+    columns["restored"][:] = targets[rows]
+    columns["restored_dtype"][:] = DTYPES[target_dtype]
+    if checked.weights is not None and weights_dtype is not None:
+        columns["weights"][:] = checked.weights.addresses[rows]
+        columns["dtype"][:] = DTYPES[weights_dtype]
+    columns["n"][:] = checked.lengths[rows]
+    cols = columns["cols"]
+    cols[:] = checked.matrix[rows, 1]
+    for s, spec in enumerate(checked.specs):
+        here = checked.spec_of_row[rows] == s
+        if not here.any():
+            continue
+        columns["family"][here] = FAMILIES[spec.scheme.name]
+        columns["bits"][here] = spec.scheme.bits
+        columns["shared_scale"][here] = spec.granularity == "tensor"
+        columns["unit"][here] = spec.group_size or cols[here]
+        if not spec.scheme.flat:
+            columns["row_bytes"][here] = packed_bytes(spec, np.ones_like(cols[here]), cols[here])
+    return jobs
+
+
+def _view(address: int, count: int, dtype: Any) -> npt.NDArray[Any]:
+    """Memory that somebody else holds, as an array."""
+    nbytes = count * np.dtype(dtype).itemsize
+    return np.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype)
+
+
+def _restore_slowly(
+    checked: CheckedRows,
+    i: int,
+    target: int,
+    target_dtype: str,
+    weights_dtype: str | None,
+    sums: npt.NDArray[np.float64],
+) -> int:
+    """One row by the reference, for schemes without a kernel; the first weight to compare with that is not finite."""
+    spec = checked.specs[checked.spec_of_row[i]]
+    rows, cols = map(int, checked.matrix[i])
+    data = _view(int(checked.data.addresses[i]), int(checked.data.counts[i]), np.uint8)
+    scales, zeros = (
+        _view(int(cells.addresses[i]), int(cells.counts[i]), np.float32) if cells.counts[i] >= 0 else None
+        for cells in (checked.scales, checked.zeros)
+    )
+    matrix = dequantize_matrix(data, scales, zeros, spec, rows, cols)
+    if target:
+        with np.errstate(over="ignore", invalid="ignore"):
+            _view(target, rows * cols, _STORAGE[target_dtype])[:] = matrix.reshape(-1)
+    if checked.weights is None or weights_dtype is None:
+        return -1
+    given = _view(int(checked.weights.addresses[i]), rows * cols, _STORAGE[weights_dtype])
+    wide = widen(given, weights_dtype).reshape(rows, cols)
+    bad = np.flatnonzero(~np.isfinite(wide))
+    if bad.size:
+        return int(bad[0])
+    sums[i] = compare(wide, matrix, spec)
+    return -1
+
+
+class QuantizedSession:
+    """One call that brings quantized rows: ``op: dequantize`` or ``op: verify``.
+
+    Attributes
+    ----------
+    schema : Schema
+        Of the answer batches.
+    end : EndMessage
+        Totals of all answered batches.
+    value_bytes : int
+        Bytes of one weight as answered, or as sent to compare with.
+    """
+
+    def __init__(self, engine: Engine, schema: pa.Schema, command: Command, limits: Limits) -> None:
+        self._engine = engine
+        self._request = QuantizedRequest(schema, command.op)
+        self._command = command
+        self._limits = limits
+        self._weight_bytes = 0
+        self._verifies = command.op == "verify"
+        self.value_bytes: int = VALUE_BYTES[self._request.dtype or command.dtype]
+        self.schema = verified_schema(schema) if self._verifies else restored_schema(schema, command.dtype)
+        self.end = EndMessage()
+
+    def answer(self, batch: pa.RecordBatch, should_stop: Callable[[], bool] | None = None) -> Answer:
+        """Answer one batch.
+
+        Raises
+        ------
+        InvalidRequestError, TooLargeError
+            The batch as a whole breaks the contract or a limit.
+        LayerError
+            A row is bad and the command says ``on_error: abort``.
+        DeadlineError
+            ``should_stop`` returned true; it is asked every few milliseconds.
+        """
+        start = time.perf_counter()
+        checked = check_rows(batch, self._request, self._command, self._limits, self.value_bytes)
+        weight_bytes = checked.lengths * self.value_bytes
+        self._check_call_bytes(int(weight_bytes.sum()))
+        self._abort_on(checked)
+        output = None if self._verifies else _Output(checked.lengths, self.value_bytes)
+        seconds = {"validate": time.perf_counter() - start}
+        targets = np.zeros(batch.num_rows, np.int64) if output is None else output.addresses
+        results = restore(self._engine, checked, targets, self._command.dtype, self._request.dtype, should_stop)
+        self._abort_on(checked)
+        columns = {"layer_name": checked.names, "shape": checked.shapes, **status_columns(checked, batch.num_rows)}
+        if output is None:
+            columns |= _quality(checked, results.sums)
+        else:
+            columns["weights"] = output.as_lists(checked, self._command.dtype)
+        for name in self.schema.names[len(columns) :]:
+            columns[name] = batch.column(name)
+        made = pa.RecordBatch.from_arrays([columns[name] for name in self.schema.names], schema=self.schema)
+        schemes = [spec.scheme.name for spec in checked.specs]
+        costs = {
+            **{name: columns[name] for name in ("layer_name", "status")},
+            "scheme": pa.array([schemes[s] if schemes else NO_SCHEME for s in checked.spec_of_row.tolist()], pa.utf8()),
+            "kernel_ns": pa.array(results.nanoseconds),
+            "bytes_in": pa.array(weight_bytes),
+        }
+        sums = results.sums if self._verifies else None
+        totals = self._add_up(checked, results, weight_bytes)
+        return Answer(made, sums, seconds | results.seconds, pa.RecordBatch.from_pydict(costs), totals)
+
+    def _check_call_bytes(self, nbytes: int) -> None:
+        self._weight_bytes += nbytes
+        limit = self._limits.max_call_bytes
+        if limit is not None and self._weight_bytes > limit:
+            raise TooLargeError(
+                f"the call stands for {self._weight_bytes} bytes of weights; expected at most {limit}",
+                field="quantized_data",
+                got=self._weight_bytes,
+                expected=limit,
+            )
+
+    def _abort_on(self, checked: CheckedRows) -> None:
+        if self._command.on_error == "abort" and checked.failures:
+            row = min(checked.failures)
+            status, text = checked.failures[row]
+            name = clip_text(checked.names[row].as_py(), 200)
+            raise LayerError(status, f'layer "{name}" (row {self.end.rows + row}): {status}: {text}', got=status)
+
+    def _add_up(self, checked: CheckedRows, results: Results, weight_bytes: Ints) -> EndMessage:
+        """The totals of a batch, which also join those of the call."""
+        brought, made = int(checked.bytes_in.sum()), int(weight_bytes.sum())
+        batch = EndMessage(
+            rows=len(weight_bytes),
+            batches=1,
+            bytes_in=brought + made if self._verifies else brought,
+            bytes_out=0 if self._verifies else made,
+            kernel_ns=int(results.nanoseconds.sum()),
+            failed_rows=len(checked.failures),
+        )
+        self.end.add(batch)
+        return batch
+
+
+class _Output:
+    """Memory for the weights of one batch, row after row."""
+
+    def __init__(self, lengths: Ints, value_bytes: int) -> None:
+        self._offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        nbytes = int(self._offsets[-1]) * value_bytes
+        if nbytes > MAX_ANSWER_BYTES:
+            raise TooLargeError(
+                f"the answer to one batch would have {nbytes} bytes; expected at most {MAX_ANSWER_BYTES} "
+                "(send fewer rows at a time)",
+                field="quantized_data",
+                got=nbytes,
+                expected=MAX_ANSWER_BYTES,
+            )
+        self._buffer = pa.allocate_buffer(nbytes) if nbytes < MIN_BYTES else pa.py_buffer(OutputMemory(nbytes))
+        self.addresses: Ints = self._buffer.address + self._offsets[:-1] * value_bytes
+
+    def as_lists(self, checked: CheckedRows, dtype: str) -> pa.Array:
+        """The memory as the column ``weights``; null in rows that failed."""
+        values = RESTORED_VALUES[dtype]
+        rows = len(self._offsets) - 1
+        mask, nulls = None, 0
+        if checked.failures:
+            valid = np.ones(rows, bool)
+            valid[list(checked.failures)] = False
+            mask, nulls = with_nulls(valid)
+        child = pa.Array.from_buffers(values, int(self._offsets[-1]), [None, self._buffer], 0)
+        offsets = pa.py_buffer(self._offsets.astype(np.int32))
+        return pa.Array.from_buffers(pa.list_(values), rows, [mask, offsets], nulls, children=[child])
+
+
+def _quality(checked: CheckedRows, sums: npt.NDArray[np.float64]) -> dict[str, pa.Array]:
+    names = ("sqnr_db", "cosine", "max_abs_error")
+    columns = [np.empty(len(sums), np.float32) for _ in names]
+    quality_columns(sums, *columns)
+    failed = None
+    if checked.failures:
+        failed = np.zeros(len(sums), bool)
+        failed[list(checked.failures)] = True
+    return {name: pa.array(column, pa.float32(), mask=failed) for name, column in zip(names, columns, strict=True)}
+
+
+def restore_arrays(
+    engine: Engine, batch: pa.RecordBatch, command: Command, limits: Limits
+) -> tuple[CheckedRows, list[npt.NDArray[Any]]]:
+    """Every row's weights as an array of its own memory and shape, in this process; nothing useful for a bad row."""
+    checked = check_rows(batch, QuantizedRequest(batch.schema, "dequantize"), command, limits, 1)
+    dtype = np.dtype(_STORAGE[command.dtype])
+    arrays: list[npt.NDArray[Any]] = []
+    for i, length in enumerate(checked.lengths.tolist()):
+        shape = (0,) if i in checked.failures else tuple(checked.shapes[i].as_py())
+        nbytes = length * dtype.itemsize
+        memory = bytearray(nbytes) if nbytes < MIN_BYTES else pa.py_buffer(OutputMemory(nbytes))
+        flat = np.frombuffer(memory, dtype)
+        try:
+            arrays.append(flat.reshape(shape))
+        except ValueError:  # an empty layer of which another extent is too large for an array
+            checked.failures[i] = ("shape_mismatch", f"shape {list(shape)}; expected extents that an array can have")
+            arrays.append(flat)
+    targets = np.array([array.ctypes.data for array in arrays], np.int64)
+    restore(engine, checked, targets, command.dtype, None, None)
+    return checked, arrays

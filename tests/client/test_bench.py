@@ -1,0 +1,61 @@
+"""``flightquant bench``: it measures, prints and writes; what the figures are is no test's matter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from flightquant.benchmarks.cli import app
+from flightquant.benchmarks.kernels import cases
+from flightquant.spec import SCHEMES, Command
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_kernels_are_measured_against_reading(tmp_path: Path) -> None:
+    figures, plot = tmp_path / "figures.json", tmp_path / "roofline.png"
+    small = ("--scheme", "int4", "--scheme", "q8_0", "--size", "64x1024", "--threads", "1", "--dtype", "bfloat16")
+    options = ("--dtype", "float32", "--rounds", "1", "--json", str(figures), "--plot", str(plot))
+    printed = run("kernels", "--op", "schemes", *small, *options)
+    found = json.loads(figures.read_text())
+    assert {(row["case"], row["metrics"], row["dtype"]) for row in found["schemes"]} == {
+        (case, metrics, dtype)
+        for case in ("int4", "int4 group 32", "int4 zero points", "q8_0")
+        for metrics in ("off", "on")
+        for dtype in ("float32", "bfloat16")
+    }
+    for row in found["schemes"]:
+        assert row["share"] == pytest.approx(row["gb_s"] / row["read"]["gb_s"])
+        assert 0 < row["min"] <= row["gb_s"] <= row["max"]
+        assert row["case"] in printed
+    assert set(found["in_cache"]) == {row["case"] for row in found["schemes"]}
+    assert found["machine"]["cpu"] in printed
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_scheme_is_a_case() -> None:
+    chosen = cases()
+    assert {options["scheme"] for options in chosen.values()} == set(SCHEMES)
+    for options in chosen.values():
+        Command.build(**options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--scheme", "int9"), "unknown scheme int9; expected one of int8, "),
+        (("--size", "64"), "--size 64; expected ROWSxCOLS, such as 4096x4096"),
+        (("--size", "0x5"), "--size 0x5; expected ROWSxCOLS"),
+    ],
+)
+def test_a_wrong_option_is_said_in_a_sentence(arguments: tuple[str, ...], sentence: str) -> None:
+    result = CliRunner().invoke(app, ["kernels", *arguments])
+    assert result.exit_code == 2
+    assert sentence in " ".join(result.output.replace("│", " ").split())

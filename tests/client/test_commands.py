@@ -1,0 +1,245 @@
+"""The other commands, and what people do wrong: one sentence that helps, the right exit code, no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import numpy as official
+
+import flightquant
+from flightquant.client.recipes import PRESETS, available_presets
+from flightquant.client.stored import open_dequantized
+from flightquant.server.app import running_server
+from flightquant.spec import SCHEMES
+
+
+def flightquant_(*arguments: Any, code: int = 0, **environment: str) -> tuple[str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "flightquant.client.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "COLUMNS": "140", **environment},
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "m"
+    folder.mkdir()
+    official.save_file(weights(), folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "none"}')
+    return folder
+
+
+def weights() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(8)
+    made = {f"layers.{i}.up.weight": rng.standard_normal((37, 256)).astype(ml_dtypes.bfloat16) for i in range(3)}
+    return made | {"norm.weight": np.ones(256, ml_dtypes.bfloat16), "ids": np.arange(3)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--scheme", "int4"],
+        ["--scheme", "int3", "--asymmetric", "--group-size", "64"],
+        ["--scheme", "int8"],
+        ["--scheme", "int8", "--asymmetric"],
+        ["--scheme", "int5", "--granularity", "tensor", "--asymmetric"],
+        ["--scheme", "fp8_e4m3"],
+        ["--scheme", "fp8_e4m3", "--granularity", "tensor"],
+        ["--scheme", "nf4"],
+        ["--scheme", "fp4", "--group-size", "128"],
+    ],
+    ids=" ".join,
+)
+def test_files_are_read_back(model: Path, tmp_path: Path, options: list[str]) -> None:
+    flightquant_("quantize", model, "-o", tmp_path / "q", *options)
+    keys = {"--scheme": "scheme", "--group-size": "group_size", "--granularity": "granularity"}
+    given: dict[str, Any] = {keys[k]: int(v) if v.isdigit() else v for k, v in pairwise(options) if k in keys}
+    given |= {"symmetric": False} if "--asymmetric" in options else {}
+    layers = {name: array for name, array in weights().items() if ".up." in name}
+    wanted = flightquant.dequantize(flightquant.quantize(layers, **given))
+    with open_dequantized(str(tmp_path / "q")) as source:
+        assert set(source.tensors) == set(weights())
+        for name, array in wanted.items():
+            np.testing.assert_array_equal(source[name].data.reshape(array.shape), array)
+        assert source.load("ids").meta.dtype == "I64"
+
+
+def test_tables_are_read_back(model: Path, tmp_path: Path) -> None:
+    flightquant_("quantize", model, "-o", tmp_path / "q.parquet", "--scheme", "q8_0")
+    out, _ = flightquant_("verify", model, tmp_path / "q.parquet", "--min-sqnr", "30", "--json")
+    told = json.loads(out)
+    assert told["passed"]
+    assert {row["layer"] for row in told["layers"]} == {f"layers.{i}.up.weight" for i in range(3)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dequantize_writes_a_plain_model(model: Path, tmp_path: Path, dtype: str) -> None:
+    flightquant_("quantize", model, "-o", tmp_path / "q")
+    out, _ = flightquant_("dequantize", tmp_path / "q", "-o", tmp_path / "plain", "--dtype", dtype)
+    assert f"3 weights dequantized to {dtype}" in out
+    stored = official.load_file(tmp_path / "plain" / "model.safetensors")
+    assert set(stored) == set(weights())
+    assert stored["layers.0.up.weight"].dtype.name == dtype
+    assert json.loads((tmp_path / "plain" / "config.json").read_text()) == {"model_type": "none"}
+    with open_dequantized(str(tmp_path / "q")) as source:
+        values = source["layers.0.up.weight"].data.reshape(37, 256)
+    np.testing.assert_array_equal(stored["layers.0.up.weight"], values.astype(stored["layers.0.up.weight"].dtype))
+
+
+def test_verify_passes_and_fails(model: Path, tmp_path: Path) -> None:
+    flightquant_("quantize", model, "-o", tmp_path / "q", "--scheme", "int8", "--keep", "layers.2.*")
+    out, _ = flightquant_("verify", model, tmp_path / "q", "--min-sqnr", "30", "--min-cosine", "0.999")
+    assert "3 layers pass (1 of them are the same), 0 do not" in out
+    out, _ = flightquant_("verify", model, tmp_path / "q", "--min-sqnr", "60", code=3)
+    assert "SQNR under 60 dB" in out
+    told = json.loads(flightquant_("verify", model, tmp_path / "q", "--max-error", "1e-6", "--json", code=3)[0])
+    assert [row["problem"] for row in told["layers"]] == ["error over 1e-06", "error over 1e-06", ""]
+    official.save_file({"layers.0.up.weight": np.ones((37, 255), np.float32)}, tmp_path / "other.safetensors")
+    told = json.loads(flightquant_("verify", model, tmp_path / "q", "--json")[0])
+    assert told["passed"]
+    err = flightquant_("verify", model, tmp_path / "other.safetensors", code=1)[1]
+    assert "have no layer in common" in err
+
+
+def test_ping(tmp_path: Path) -> None:
+    with running_server() as server:
+        assert "answers in" in flightquant_("ping", server.location)[0]
+        assert "milliseconds" in json.loads(flightquant_("ping", server.location, "--json")[0])
+    err = flightquant_("ping", "grpc://127.0.0.1:1", "--timeout", "1", code=1)[1]
+    assert err.startswith("flightquant: ")
+    assert err.count("\n") == 1
+
+
+def test_a_dry_run_tells_the_very_sizes(model: Path, tmp_path: Path) -> None:
+    arguments = ("quantize", model, "-o", tmp_path / "q", "--scheme", "int4", "--json")
+    plan = json.loads(flightquant_(*arguments, "--dry-run")[0])
+    assert not (tmp_path / "q").exists()
+    done = json.loads(flightquant_(*arguments)[0])
+    assert {layer["name"]: layer["bytes_out"] for layer in done["layers"]} == {
+        name: layer["bytes_out"] for name, layer in plan["layers"].items()
+    }
+    assert plan["kept"] == done["kept"]
+    assert plan["kernel_seconds"] > 0
+    assert "nothing was done" in flightquant_(*arguments[:-1], "--keep", "*.0.up", "--dry-run")[0]
+
+
+class _Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value for key, value in attrs if key in ("src", "href") and value]
+
+
+def test_the_report_is_one_page(model: Path, tmp_path: Path) -> None:
+    flightquant_("quantize", model, "-o", tmp_path / "q", "--report", tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = _Page(text)
+    assert page.links == []
+    assert "script" not in page.tags
+    assert page.tags.count("svg") == 2
+    for name in weights():
+        assert name in text
+
+
+def test_schemes_lists_all(tmp_path: Path) -> None:
+    told = json.loads(flightquant_("schemes", "--json")[0])
+    assert [scheme["name"] for scheme in told["schemes"]] == list(SCHEMES)
+    assert list(told["presets"]) == list(available_presets())
+    assert all(name in flightquant_("schemes")[0] for name in SCHEMES)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_completes(shell: str) -> None:
+    variables = {"bash": {"COMP_WORDS": "flightquant quantize --preset ", "COMP_CWORD": "3"}}.get(
+        shell, {"_TYPER_COMPLETE_ARGS": "flightquant quantize --preset ", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    )
+    code = "import sys; sys.argv[0] = 'flightquant'; from flightquant.client.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "_FLIGHTQUANT_COMPLETE": f"complete_{shell}", **variables},
+    )  # fmt: skip
+    for name in available_presets():
+        assert name in done.stdout, done.stdout + done.stderr
+
+
+MISTAKES: dict[str, tuple[list[str], int, str]] = {
+    "missing file": (["quantize", "none", "-o", "out"], 1, "none: No such file or directory"),
+    "no output": (["quantize", "MODEL"], 2, "Missing option '--output'"),
+    "unknown scheme": (
+        ["quantize", "MODEL", "-o", "out", "--scheme", "int9"],
+        2,
+        '"int9" is none; expected one of int8',
+    ),
+    "unknown preset": (["quantize", "MODEL", "-o", "out", "--preset", "x"], 2, "expected one of vllm-w4a16"),
+    "unknown option": (["quantize", "MODEL", "-o", "out", "--sceme", "int4"], 2, "No such option"),
+    "unknown command": (["quantise"], 2, "No such command"),
+    "no recipe": (["quantize", "MODEL", "-o", "out", "--recipe", "none.yaml"], 1, "none.yaml: No such file"),
+    "wrong recipe": (["quantize", "MODEL", "-o", "out", "--recipe", "BAD"], 1, 'unknown key "shceme" in the recipe'),
+    "wrong group": (["quantize", "MODEL", "-o", "out", "--group-size", "7"], 1, '"group_size" is 7'),
+    "wrong place": (["quantize", "MODEL", "-o", "no/such/folder/out"], 1, "no/such/folder/out: No such file"),
+    "no permission": (["quantize", "MODEL", "-o", "/proc/out"], 1, "/proc/out: "),
+    "a file of its own": (["quantize", "MODEL", "-o", "MODEL"], 1, "exists and is not empty"),
+    "a pickle": (["quantize", "PICKLE", "-o", "out"], 1, "is a pickle"),
+    "no server": (["ping", "grpc://127.0.0.1:1", "--timeout", "1"], 1, "server was lost or cannot be reached"),
+    "no address": (["ping", "nonsense"], 1, 'cannot use the address "nonsense"'),
+    "no bucket": (["inspect", "nothing://x/y"], 1, "cannot open nothing://x/y"),
+    "nan": (["quantize", "NAN", "-o", "out"], 1, '--keep "a.weight" leaves it as it is'),
+    "gguf from safetensors": (["quantize", "MODEL", "-o", "x.gguf", "--scheme", "q8_0"], 1, "convert_hf_to_gguf.py"),
+    "no room": (["quantize", "MODEL", "-o", "FULL"], 1, "No space left on device"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_end_in_one_sentence(model: Path, tmp_path: Path, mistake: str) -> None:
+    arguments, code, sentence = MISTAKES[mistake]
+    (tmp_path / "bad.yaml").write_text("shceme: int4\n")
+    (tmp_path / "model.bin").write_bytes(b"\x80\x02")
+    official.save_file({"a.weight": np.full((2, 128), np.nan, np.float32)}, tmp_path / "nan.safetensors")
+    names = {"MODEL": model, "BAD": tmp_path / "bad.yaml", "PICKLE": tmp_path / "model.bin",
+             "NAN": tmp_path / "nan.safetensors", "FULL": tmp_path / "full"}  # fmt: skip
+    program = "import sys, shutil; from flightquant.client.cli import main\n"
+    if "FULL" in arguments:
+        program += "shutil.disk_usage = lambda path: type('', (), {'free': 10})\n"
+    done = subprocess.run(
+        [sys.executable, "-c", program + "main()", *(str(names.get(each, each)) for each in arguments)],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("flightquant: ")
+    assert sentence in last
+    assert sorted(os.listdir(tmp_path)) == ["bad.yaml", "model.bin", "nan.safetensors"]
+
+
+def test_presets_are_those_whose_schemes_are_there() -> None:
+    assert set(available_presets()) == {name for name, keys in PRESETS.items() if keys["scheme"] in SCHEMES}
+    assert {"vllm-w4a16", "vllm-fp8", "qlora-nf4", "edge", "local", "cloud"} <= set(available_presets())
+
+
+@pytest.mark.parametrize("preset", [name for name in available_presets() if not name.startswith("gguf")])
+def test_every_preset_makes_a_folder(model: Path, tmp_path: Path, preset: str) -> None:
+    told = json.loads(flightquant_("quantize", model, "-o", tmp_path / "out", "--preset", preset, "--json")[0])
+    assert len(told["layers"]) == 3
+    assert "quantization_config" in json.loads((tmp_path / "out" / "config.json").read_text())

@@ -1,0 +1,132 @@
+"""The manifests as kustomize builds them: what is generated is fresh, selectors meet, settings are the server's own."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flightquant.server import heap
+from flightquant.server.cli import serve
+
+ROOT = Path(__file__).parents[2]
+OVERLAYS = sorted(path.parent.name for path in (ROOT / "deploy/overlays").glob("*/kustomization.yaml"))
+LISTENERS = {"flight": 8815, "health": 8816, "metrics": 9464}
+
+
+@functools.cache
+def built(overlay: str) -> tuple[dict[str, Any], ...]:
+    """An overlay's objects."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed")
+    done = subprocess.run(
+        ["kubectl", "kustomize", ROOT / "deploy/overlays" / overlay], check=True, capture_output=True, text=True
+    )
+    assert "Warning" not in done.stderr
+    return tuple(yaml.safe_load_all(done.stdout))
+
+
+def of_kind(overlay: str, kind: str) -> list[dict[str, Any]]:
+    return [item for item in built(overlay) if item["kind"] == kind]
+
+
+def pod(overlay: str) -> dict[str, Any]:
+    (deployment,) = of_kind(overlay, "Deployment")
+    template: dict[str, Any] = deployment["spec"]["template"]
+    assert deployment["spec"]["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    return template
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_selector_meets_the_pods(overlay: str) -> None:
+    labels = pod(overlay)["metadata"]["labels"]
+    selectors = [item["spec"]["selector"] for item in of_kind(overlay, "Service")]
+    selectors += [item["spec"]["selector"]["matchLabels"] for item in of_kind(overlay, "PodDisruptionBudget")]
+    selectors += [item["spec"]["podSelector"]["matchLabels"] for item in of_kind(overlay, "NetworkPolicy")]
+    assert len(selectors) == 4
+    for selector in selectors:
+        assert selector.items() <= labels.items()
+    for spread in pod(overlay)["spec"]["topologySpreadConstraints"]:
+        assert spread["labelSelector"]["matchLabels"].items() <= labels.items()
+    for monitor in of_kind(overlay, "ServiceMonitor"):
+        matched = [
+            service
+            for service in of_kind(overlay, "Service")
+            if monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+        ]
+        ports = {port["name"] for service in matched for port in service["spec"]["ports"]}
+        assert {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]} <= ports
+    for scaler in of_kind(overlay, "HorizontalPodAutoscaler"):
+        assert scaler["spec"]["scaleTargetRef"]["name"] == of_kind(overlay, "Deployment")[0]["metadata"]["name"]
+        assert "replicas" not in of_kind(overlay, "Deployment")[0]["spec"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_pod_outlives_its_drain_and_gives_nothing_away(overlay: str) -> None:
+    spec = pod(overlay)["spec"]
+    (container,) = spec["containers"]
+    (settings,) = of_kind(overlay, "ConfigMap")
+    data = settings["data"]
+    hook = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    drain = float(data["FLIGHTQUANT_SERVE_DRAIN_DELAY_S"]) + float(data["FLIGHTQUANT_SERVE_GRACE_S"])
+    assert spec["terminationGracePeriodSeconds"] > hook + drain
+    assert spec["enableServiceLinks"] is False
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
+    assert {port["name"]: port["containerPort"] for port in container["ports"]} == LISTENERS
+    mounts = {mount["name"]: mount["mountPath"] for mount in container.get("volumeMounts", ())}
+    assert set(mounts) == {volume["name"] for volume in spec.get("volumes", ())}
+    for name, value in data.items():
+        if value.startswith("/"):
+            assert any(value.startswith(f"{path}/") for path in mounts.values()), name
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_setting_is_one_of_the_servers(overlay: str) -> None:
+    known = set(re.findall(r'envvar="(\w+)"', Path(serve.__code__.co_filename).read_text())) | {
+        f"FLIGHTQUANT_SERVE_{name}"
+        for name in re.findall(r'envvar=f"\{_ENV\}(\w+)"', Path(serve.__code__.co_filename).read_text())
+    }
+    (settings,) = of_kind(overlay, "ConfigMap")
+    assert set(settings["data"]) <= known
+
+
+def test_the_prometheus_rule_is_made_of_the_rules() -> None:
+    path = ROOT / "deploy/components/monitoring/generate.py"
+    spec = importlib.util.spec_from_file_location("fq_rule", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (path.parent / "prometheusrule.yaml").read_text() == module.build()
+    groups = yaml.safe_load((ROOT / "deploy/prometheus/rules.yaml").read_text())["groups"]
+    assert yaml.safe_load(module.build())["spec"]["groups"] == groups
+
+
+def test_the_image_sets_the_heap_as_the_server_would() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    assert f"{heap.VARIABLE}={heap.TUNABLES}\n" in text
+    for port in LISTENERS.values():
+        assert re.search(rf"^EXPOSE .*\b{port}\b", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("version", ["1.28", "1.32", "1.37"])
+@pytest.mark.parametrize("overlay", ["dev", "prod", "prod-tls"])
+def test_the_manifests_fit_the_schema(overlay: str, version: str) -> None:
+    validator = pytest.importorskip("kubernetes_validate")
+    foreign = {"ServiceMonitor", "PrometheusRule", "Certificate"}
+    objects = [item for item in built(overlay) if item["kind"] not in foreign]
+    assert len(objects) >= 7
+    for item in objects:
+        validator.validate(item, version, strict=True)
