@@ -24,7 +24,7 @@ class AsyncQuantClient:
 
     Parameters
     ----------
-    uri, credentials, headers, timeout_s, window_bytes, window_batches, keepalive_s, stall_s, retry
+    uri, credentials, headers, timeout_s, window_bytes, window_batches, keepalive_s, stall_s, retry, n_threads
         As for :class:`QuantClient`.
 
     Examples
@@ -45,6 +45,7 @@ class AsyncQuantClient:
         keepalive_s: float | None = 300.0,
         stall_s: float = STALL_SECONDS,
         retry: Retry | None = Retry(),  # noqa: B008 - frozen
+        n_threads: int | None = None,
     ) -> None:
         self._client = QuantClient(
             uri,
@@ -56,6 +57,7 @@ class AsyncQuantClient:
             keepalive_s=keepalive_s,
             stall_s=stall_s,
             retry=retry,
+            n_threads=n_threads,
         )
         self._workers: WeakSet[ThreadPoolExecutor] = WeakSet()
 

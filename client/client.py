@@ -49,6 +49,8 @@ class QuantClient:
     retry : Retry or None
         How long a call is repeated that is refused (``overloaded``, ``draining``) or lost: at the first layer without
         an answer, so that the result is the same bytes. None: the first failure is raised.
+    n_threads : int, optional
+        Compute threads of ``"local"``; by default the CPUs that the process may use.
 
     Examples
     --------
@@ -68,7 +70,9 @@ class QuantClient:
         keepalive_s: float | None = 300.0,
         stall_s: float = STALL_SECONDS,
         retry: Retry | None = Retry(),  # noqa: B008 - frozen
+        n_threads: int | None = None,
     ) -> None:
+        self._n_threads = n_threads
         access = credentials or Credentials()
         self._settings = Settings(timeout_s, window_bytes, window_batches, stall_s, retry, access, dict(headers or {}))
         self._servers = None if uri == LOCAL else Servers(uri, keepalive_s, self._settings)
@@ -195,7 +199,7 @@ class QuantClient:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with opened(weights) as held:
             if self._servers is None:
-                yield from in_process.answers(held, command, deadline, progress, cancellation)
+                yield from in_process.answers(held, command, deadline, progress, cancellation, self._n_threads)
                 return
             call = Call(command, deadline, progress, cancellation)
             if not isinstance(held, Mapping):
