@@ -18,7 +18,12 @@ RUN_BYTES = 16 << 20
 
 
 def answers(
-    weights: Any, command: Command, deadline: float | None, progress: Progress | None, cancellation: Cancellation
+    weights: Any,
+    command: Command,
+    importance: Mapping[str, Any] | None,
+    deadline: float | None,
+    progress: Progress | None,
+    cancellation: Cancellation,
 ) -> Iterator[Placed]:
     """Answer batches, in order."""
     from flightquant import quantize
@@ -29,7 +34,7 @@ def answers(
         cancellation.check()
         if deadline is not None and time.monotonic() > deadline:
             raise late(None)
-        for batch in quantize(part, **options).to_batches():
+        for batch in quantize(part, importance=importance, **options).to_batches():
             for name in batch.column("layer_name").to_pylist() if progress else ():
                 progress(name, 1.0)  # type: ignore[misc]
             yield (0, place), batch

@@ -18,6 +18,7 @@ def lay_out(
     spec_of_row: npt.NDArray[np.int64],
     starts: npt.NDArray[np.int64],
     lengths: npt.NDArray[np.int64],
+    importance: npt.NDArray[np.int64],
     matrix: npt.NDArray[np.int64],
     failed: npt.NDArray[np.uint8],
     jobs: npt.NDArray[np.int64],

@@ -32,6 +32,7 @@ from flightquant.cython_core.validate import (
     check_batch,
     checked_layers,
     read_global_amax,
+    read_importance,
     read_overrides,
 )
 from flightquant.errors import DeadlineError, InvalidRequestError, LayerError, TooLargeError, clip_text
@@ -293,6 +294,7 @@ class _Work:
         self.specs: list[LayerSpec] = [command.layer_spec()]
         self.spec_of_row = self._resolve(read_overrides(batch, request), command)
         amax = read_global_amax(batch, request, checked.failures)
+        importance, self._importance_holder = read_importance(batch, request, checked)
         self._refuse_uneven()
         count = batch.num_rows
         failed = np.zeros(count, np.uint8)
@@ -307,6 +309,7 @@ class _Work:
             self.spec_of_row,
             checked.starts,
             checked.lengths,
+            importance,
             checked.matrix,
             failed,
             jobs,

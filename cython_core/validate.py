@@ -353,3 +353,43 @@ def read_global_amax(
         failures.setdefault(int(i), ("unsupported", text))
         values[i] = np.nan
     return values
+
+
+def read_importance(
+    batch: pa.RecordBatch, request: Request, checked: CheckedBatch
+) -> tuple[npt.NDArray[np.int64], object]:
+    """Address of every row's importance, 0 where it is null or missing, and what keeps that memory alive.
+
+    One that does not fit its row fails the row.
+    """
+    addresses = np.zeros(batch.num_rows, np.int64)
+    if isinstance(checked.weights, Sequence):
+        for i, layer in enumerate(checked.weights):
+            if layer.importance is not None:
+                _check_importance(i, layer.importance, checked)
+                addresses[i] = layer.importance.ctypes.data
+        return addresses, checked.weights
+    if "importance" not in request.columns:
+        return addresses, None
+    column = batch.column("importance")
+    borrowed = borrow(column, 4, "importance")
+    for i in np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False)).tolist():
+        values = column[i].values
+        if values.null_count:
+            text = f'"importance" of row {i} holds null; expected a number for each column'
+            checked.failures.setdefault(i, ("null_weights", text))
+        else:
+            _check_importance(i, values.to_numpy(zero_copy_only=True), checked)
+            addresses[i] = borrowed.address + borrowed.offsets[i] * 4
+    return addresses, borrowed
+
+
+def _check_importance(row: int, values: npt.NDArray[np.float32], checked: CheckedBatch) -> None:
+    """One finite number of 0 or more for each column of a layer that is not empty."""
+    cols = int(checked.matrix[row, 1])
+    if values.size != cols and checked.lengths[row]:
+        text = f'"importance" has {values.size} values; expected {cols}, one for each weight of a row'
+        checked.failures.setdefault(row, ("shape_mismatch", text))
+    for k in np.flatnonzero(~(np.isfinite(values) & (values >= 0)))[:1]:
+        text = f'"importance" is {values[k]} at index {k}; expected finite numbers of 0 or more'
+        checked.failures.setdefault(row, ("unsupported", text))
