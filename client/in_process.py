@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -28,7 +27,7 @@ def answers(
     """Answer batches, in order."""
     from flightquant import quantize
 
-    options = {key: value for key, value in json.loads(command.to_json()).items() if key != "op"}
+    options = command.options()
     place = 0
     for part in _runs(weights) if isinstance(weights, Mapping) else as_batches(weights):
         cancellation.check()

@@ -223,15 +223,7 @@ def _quantizer(
             yield from in_process(layers, command, tell, threads)
             return
         with connect() as client:
-            yield from client.stream(
-                layers,
-                command.scheme,
-                granularity=command.granularity,
-                group_size=command.group_size,
-                symmetric=command.symmetric,
-                scale_dtype=command.scale_dtype,
-                progress=tell,
-            )
+            yield from client.stream(layers, **command.options(), progress=tell)
 
     return quantize_all
 
