@@ -25,7 +25,7 @@ def lay_out(
     rows: npt.NDArray[np.int64],
     offsets: npt.NDArray[np.int64],
     bytes_out: npt.NDArray[np.int64],
-) -> tuple[int, int]: ...
+) -> tuple[int, int, int]: ...
 def quality_columns(
     sums: npt.NDArray[np.float64],
     sqnr_db: npt.NDArray[np.float32],
@@ -63,4 +63,4 @@ class Plan:
         first_bad: npt.NDArray[np.int64],
         unheld: npt.NDArray[np.int64],
         nanoseconds: npt.NDArray[np.int64],
-    ) -> None: ...
+    ) -> tuple[int, int]: ...

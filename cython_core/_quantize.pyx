@@ -167,10 +167,10 @@ def lay_out(
     Returns
     -------
     tuple of int
-        Number of jobs, and bytes of memory for what is packed a second time.
+        Number of jobs, bytes of memory for what is packed a second time, and the sum of ``bytes_out``.
     """
     cdef Py_ssize_t count = 0, i
-    cdef int64_t scratch = 0
+    cdef int64_t scratch = 0, total = 0
     cdef int64_t group_size, block_bytes, data, scales, zeros, unit
     cdef const int64_t[:] spec
     cdef int64_t[:] job
@@ -217,7 +217,8 @@ def lay_out(
         offsets[1, i + 1] = offsets[1, i] + scales
         offsets[2, i + 1] = offsets[2, i] + zeros
         bytes_out[i] = data + 4 * (scales + zeros)
-    return count, scratch
+        total += bytes_out[i]
+    return count, scratch, total
 
 
 def pin_team(cpus):
@@ -566,12 +567,17 @@ cdef class Plan:
             Index of the first zero point that the packing cannot hold, or -1.
         nanoseconds : int64 array of shape (jobs,), written
             Time that threads spent on the job.
+
+        Returns
+        -------
+        tuple of int
+            Number of jobs that failed, and the sum of ``nanoseconds``.
         """
         if sums.shape[0] < self._n_jobs or sums.shape[1] != 4:
             raise ValueError("sums has another shape than (jobs, 4)")
         if first_bad.shape[0] < self._n_jobs or unheld.shape[0] < self._n_jobs or nanoseconds.shape[0] < self._n_jobs:
             raise ValueError("an output is shorter than the jobs")
-        cdef int64_t i, j
+        cdef int64_t i, j, failed = 0, spent = 0
         cdef fq_result *part
         for j in range(self._n_jobs):
             sums[j, 0] = sums[j, 1] = sums[j, 2] = sums[j, 3] = 0
@@ -597,8 +603,11 @@ cdef class Plan:
                 first_bad[j] = part.first_bad
         for j in range(self._n_jobs):
             unheld[j] = self._first_unheld(j)
+            spent += nanoseconds[j]
             if first_bad[j] >= 0 or unheld[j] >= 0:
+                failed += 1
                 self._clear(j)
+        return failed, spent
 
     cdef int64_t _first_unheld(self, int64_t j) noexcept:
         """GPTQ's first version stores zero points, counted from the lowest code up, less 1: the lowest has no place."""
