@@ -27,7 +27,7 @@ RUN --mount=type=secret,id=ca,target=/run/ca.crt \
     if [ -s /run/ca.crt ]; then export PIP_CERT=/run/ca.crt; fi; \
     python -m venv --without-pip /opt/flightquant \
  && /tools/bin/pip --python /opt/flightquant/bin/python install --no-cache-dir \
-      "flightquant[server,jwt] @ file://$(ls /wheels/*.whl)" \
+      "flightquant[server,jwt,otel] @ file://$(ls /wheels/*.whl)" \
  && cd /opt/flightquant/lib/python3*/site-packages \
  && rm -rf pyarrow/tests pyarrow/include pyarrow/src pyarrow/includes pyarrow/*.pyx pyarrow/*.pxd pyarrow/*.pxi \
       pyarrow/_substrait* pyarrow/_orc* \

@@ -24,7 +24,7 @@ class AsyncQuantClient:
 
     Parameters
     ----------
-    uri, credentials, headers, timeout_s, window_bytes, window_batches, keepalive_s, stall_s, retry
+    uri, credentials, headers, timeout_s, window_bytes, window_batches, keepalive_s, stall_s, retry, n_threads
         As for :class:`QuantClient`.
 
     Examples
@@ -45,6 +45,7 @@ class AsyncQuantClient:
         keepalive_s: float | None = 300.0,
         stall_s: float = STALL_SECONDS,
         retry: Retry | None = Retry(),  # noqa: B008 - frozen
+        n_threads: int | None = None,
     ) -> None:
         self._client = QuantClient(
             uri,
@@ -56,6 +57,7 @@ class AsyncQuantClient:
             keepalive_s=keepalive_s,
             stall_s=stall_s,
             retry=retry,
+            n_threads=n_threads,
         )
         self._workers: WeakSet[ThreadPoolExecutor] = WeakSet()
 
@@ -93,6 +95,7 @@ class AsyncQuantClient:
         group_size: int | None = None,
         symmetric: bool | None = None,
         scale_dtype: str | None = None,
+        importance: Mapping[str, Any] | None = None,
         on_error: str | None = None,
         metrics: bool | None = None,
         progress: Progress | None = None,
@@ -114,7 +117,9 @@ class AsyncQuantClient:
         loop = asyncio.get_running_loop()
         try:
             told = _on_loop(progress, loop)
-            return await loop.run_in_executor(worker, self._client._quantize, weights, command, told, cancellation)
+            return await loop.run_in_executor(
+                worker, self._client._quantize, weights, command, importance, told, cancellation
+            )
         finally:
             cancellation.now()
             worker.shutdown(wait=False)
@@ -130,6 +135,7 @@ class AsyncQuantClient:
         group_size: int | None = None,
         symmetric: bool | None = None,
         scale_dtype: str | None = None,
+        importance: Mapping[str, Any] | None = None,
         on_error: str | None = None,
         metrics: bool | None = None,
         progress: Progress | None = None,
@@ -149,7 +155,7 @@ class AsyncQuantClient:
         cancellation = Cancellation()
         worker = self._worker()
         loop = asyncio.get_running_loop()
-        answers = self._client._stream(weights, command, _on_loop(progress, loop), cancellation)
+        answers = self._client._stream(weights, command, importance, _on_loop(progress, loop), cancellation)
         try:
             while (placed := await loop.run_in_executor(worker, _next, answers)) is not None:
                 yield placed[1]

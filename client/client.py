@@ -18,7 +18,7 @@ from flightquant.client.exchange import STALL_SECONDS
 from flightquant.client.retry import Retry
 from flightquant.client.servers import Servers
 from flightquant.client.weights import as_batches, opened
-from flightquant.layers import as_layer
+from flightquant.layers import as_layer, named_layers, refuse_importance, with_importance
 from flightquant.spec import Command
 
 LOCAL = "local"
@@ -49,6 +49,8 @@ class QuantClient:
     retry : Retry or None
         How long a call is repeated that is refused (``overloaded``, ``draining``) or lost: at the first layer without
         an answer, so that the result is the same bytes. None: the first failure is raised.
+    n_threads : int, optional
+        Compute threads of ``"local"``; by default the CPUs that the process may use.
 
     Examples
     --------
@@ -68,7 +70,9 @@ class QuantClient:
         keepalive_s: float | None = 300.0,
         stall_s: float = STALL_SECONDS,
         retry: Retry | None = Retry(),  # noqa: B008 - frozen
+        n_threads: int | None = None,
     ) -> None:
+        self._n_threads = n_threads
         access = credentials or Credentials()
         self._settings = Settings(timeout_s, window_bytes, window_batches, stall_s, retry, access, dict(headers or {}))
         self._servers = None if uri == LOCAL else Servers(uri, keepalive_s, self._settings)
@@ -97,6 +101,7 @@ class QuantClient:
         group_size: int | None = None,
         symmetric: bool | None = None,
         scale_dtype: str | None = None,
+        importance: Mapping[str, Any] | None = None,
         on_error: str | None = None,
         metrics: bool | None = None,
         progress: Progress | None = None,
@@ -109,7 +114,7 @@ class QuantClient:
             NumPy, torch, ml_dtypes and pyarrow arrays of float32, float16, bfloat16 or float64 (dtypes may be mixed), a
             pyarrow Table, RecordBatch or reader, any ``__arrow_c_stream__``, and whatever
             :func:`flightquant.client.open_source` opens: of that, the float tensors.
-        scheme, bit_width, packing, granularity, group_size, symmetric, scale_dtype, on_error, metrics
+        scheme, bit_width, packing, granularity, group_size, symmetric, scale_dtype, importance, on_error, metrics
             As in the local call; None: the server's default.
         progress : callable, optional
             Called with ``(layer_name, fraction)`` as answers arrive; the fraction is that layer's.
@@ -137,13 +142,19 @@ class QuantClient:
             on_error=on_error,
             metrics=metrics,
         )
-        return self._quantize(weights, command, progress, Cancellation())
+        return self._quantize(weights, command, importance, progress, Cancellation())
 
     def _quantize(
-        self, weights: Any, command: Command, progress: Progress | None, cancellation: Cancellation
+        self,
+        weights: Any,
+        command: Command,
+        importance: Mapping[str, Any] | None,
+        progress: Progress | None,
+        cancellation: Cancellation,
     ) -> pa.Table:
         with opened(weights) as held:
-            answers = sorted(self._stream(held, command, progress, cancellation), key=lambda placed: placed[0])
+            placed = self._stream(held, command, importance, progress, cancellation)
+            answers = sorted(placed, key=lambda each: each[0])
             batches = [batch for _, batch in answers]
             if not batches:
                 schema = held.schema if isinstance(held, pa.Table | pa.RecordBatch) else pa.schema([])
@@ -163,6 +174,7 @@ class QuantClient:
         group_size: int | None = None,
         symmetric: bool | None = None,
         scale_dtype: str | None = None,
+        importance: Mapping[str, Any] | None = None,
         on_error: str | None = None,
         metrics: bool | None = None,
         progress: Progress | None = None,
@@ -185,29 +197,40 @@ class QuantClient:
             on_error=on_error,
             metrics=metrics,
         )
-        return (batch for _, batch in self._stream(weights, command, progress, Cancellation()))
+        return (batch for _, batch in self._stream(weights, command, importance, progress, Cancellation()))
 
     def _stream(
-        self, weights: Any, command: Command, progress: Progress | None, cancellation: Cancellation
+        self,
+        weights: Any,
+        command: Command,
+        importance: Mapping[str, Any] | None,
+        progress: Progress | None,
+        cancellation: Cancellation,
     ) -> Iterator[Placed]:
         """Answer batches as they come, each with its place in the call."""
         timeout_s = self._settings.timeout_s
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with opened(weights) as held:
             if self._servers is None:
-                yield from in_process.answers(held, command, deadline, progress, cancellation)
+                yield from in_process.answers(
+                    held, command, importance, deadline, progress, cancellation, self._n_threads
+                )
                 return
             call = Call(command, deadline, progress, cancellation)
             if not isinstance(held, Mapping):
+                refuse_importance(importance)
                 yield from self._servers.answers(reslice(as_batches(held), command), call, 0)
                 return
             # One stream has one dtype. Names, not tensors, wait for their turn: a mapping may load lazily.
             waiting: dict[str, list[str]] = {}
-            everything = (as_layer(name, tensor) for name, tensor in held.items())
-            yield from self._servers.answers(pack(by_dtype(everything, waiting), command), call, 0)
+            everything = named_layers(held, importance)
+            weighted = importance is not None
+            requests = pack(by_dtype(everything, waiting), command, importance=weighted)
+            yield from self._servers.answers(requests, call, 0)
             for i, (dtype, names) in enumerate(waiting.items(), 1):
-                layers = (as_layer(name, held[name]) for name in names)
-                yield from self._servers.answers(pack(by_dtype(layers, {}, dtype), command), call, i)
+                layers = (with_importance(as_layer(name, held[name]), importance) for name in names)
+                requests = pack(by_dtype(layers, {}, dtype), command, importance=weighted)
+                yield from self._servers.answers(requests, call, i)
 
 
 def _in_order(batches: list[pa.RecordBatch], names: list[str]) -> list[pa.RecordBatch]:

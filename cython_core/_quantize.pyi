@@ -18,13 +18,14 @@ def lay_out(
     spec_of_row: npt.NDArray[np.int64],
     starts: npt.NDArray[np.int64],
     lengths: npt.NDArray[np.int64],
+    importance: npt.NDArray[np.int64],
     matrix: npt.NDArray[np.int64],
     failed: npt.NDArray[np.uint8],
     jobs: npt.NDArray[np.int64],
     rows: npt.NDArray[np.int64],
     offsets: npt.NDArray[np.int64],
     bytes_out: npt.NDArray[np.int64],
-) -> tuple[int, int]: ...
+) -> tuple[int, int, int]: ...
 def quality_columns(
     sums: npt.NDArray[np.float64],
     sqnr_db: npt.NDArray[np.float32],
@@ -68,4 +69,4 @@ class Plan:
         first_bad: npt.NDArray[np.int64],
         unheld: npt.NDArray[np.int64],
         nanoseconds: npt.NDArray[np.int64],
-    ) -> None: ...
+    ) -> tuple[int, int]: ...

@@ -56,6 +56,7 @@ cdef extern from "fq.h" nogil:
         uint8_t *data
         float *scales
         float *zeros
+        const float *importance
         int64_t n, unit, cols, row_bytes
         uint8_t *packed
         float *outer
@@ -130,7 +131,7 @@ SPEC_FIELDS = (
 
 cdef enum:  # columns of a job matrix
     WEIGHTS, DATA, SCALES, ZEROS, N, UNIT, COLS, ROW_BYTES, FAMILY, DTYPE, ARITHMETIC, SCALE_DTYPE, BITS, SYMMETRIC
-    SHARED_SCALE, IN_BLOCKS, DATA_BYTES, SCALE_COUNT, PACKING, SCRATCH, JOB_COLUMNS
+    SHARED_SCALE, IN_BLOCKS, DATA_BYTES, SCALE_COUNT, PACKING, SCRATCH, IMPORTANCE, JOB_COLUMNS
 
 JOB_WIDTH = JOB_COLUMNS
 
@@ -140,6 +141,7 @@ def lay_out(
     const int64_t[::1] spec_of_row,
     const int64_t[::1] starts,
     const int64_t[::1] lengths,
+    const int64_t[::1] importance,
     const int64_t[:, ::1] matrix,
     const uint8_t[::1] failed,
     int64_t[:, ::1] jobs,
@@ -156,6 +158,8 @@ def lay_out(
         Index into ``specs``.
     starts, lengths : int64 array of shape (rows,)
         Address and number of the weights.
+    importance : int64 array of shape (rows,)
+        Address of a float32 for each column, what its errors count in searches; 0 for none.
     matrix : int64 array of shape (rows, 2)
         Rows and columns of each tensor; the columns are a multiple of the group size, except with a flat scheme.
     failed : uint8 array of shape (rows,)
@@ -171,10 +175,10 @@ def lay_out(
     Returns
     -------
     tuple of int
-        Number of jobs, and bytes of memory for what is packed a second time.
+        Number of jobs, bytes of memory for what is packed a second time, and the sum of ``bytes_out``.
     """
     cdef Py_ssize_t count = 0, i
-    cdef int64_t scratch = 0
+    cdef int64_t scratch = 0, total = 0
     cdef int64_t group_size, block_bytes, data, scales, zeros, unit
     cdef const int64_t[:] spec
     cdef int64_t[:] job
@@ -185,7 +189,7 @@ def lay_out(
             spec, job = specs[spec_of_row[i]], jobs[count]
             group_size, block_bytes = spec[7], spec[8]
             job[WEIGHTS], job[N], job[COLS] = starts[i], lengths[i], matrix[i, 1]
-            job[IN_BLOCKS] = spec[10]
+            job[IMPORTANCE], job[IN_BLOCKS] = importance[i], spec[10]
             # Units are whole vectors, two groups of 16 at a time: those of a row of an odd number join the next row's.
             job[UNIT] = max(group_size, 32) if group_size else matrix[i, 1]
             job[FAMILY], job[DTYPE], job[ARITHMETIC], job[SCALE_DTYPE] = spec[0], spec[1], spec[2], spec[3]
@@ -225,7 +229,8 @@ def lay_out(
         offsets[1, i + 1] = offsets[1, i] + scales
         offsets[2, i + 1] = offsets[2, i] + zeros
         bytes_out[i] = data + 4 * (scales + zeros)
-    return count, scratch
+        total += bytes_out[i]
+    return count, scratch, total
 
 
 def pin_team(cpus):
@@ -382,6 +387,7 @@ cdef class Plan:
         cdef fq_job *job = &self._jobs[i]
         cdef const int64_t *row = &self._matrix[i, 0]
         job.weights = <const void *><uintptr_t>row[WEIGHTS]
+        job.importance = <const float *><uintptr_t>row[IMPORTANCE]
         job.data = <uint8_t *>(data + <uintptr_t>row[DATA])
         job.packing = row[PACKING]
         if job.packing not in (FQ_AS_PACKED, FQ_NESTED):
@@ -617,12 +623,17 @@ cdef class Plan:
             Index of the first zero point that the packing cannot hold, or -1.
         nanoseconds : int64 array of shape (jobs,), written
             Time that threads spent on the job.
+
+        Returns
+        -------
+        tuple of int
+            Number of jobs that failed, and the sum of ``nanoseconds``.
         """
         if sums.shape[0] < self._n_jobs or sums.shape[1] != 4:
             raise ValueError("sums has another shape than (jobs, 4)")
         if first_bad.shape[0] < self._n_jobs or unheld.shape[0] < self._n_jobs or nanoseconds.shape[0] < self._n_jobs:
             raise ValueError("an output is shorter than the jobs")
-        cdef int64_t i, j
+        cdef int64_t i, j, failed = 0, spent = 0
         cdef fq_result *part
         for j in range(self._n_jobs):
             sums[j, 0] = sums[j, 1] = sums[j, 2] = sums[j, 3] = 0
@@ -648,8 +659,11 @@ cdef class Plan:
                 first_bad[j] = part.first_bad
         for j in range(self._n_jobs):
             unheld[j] = self._first_unheld(j)
+            spent += nanoseconds[j]
             if first_bad[j] >= 0 or unheld[j] >= 0:
+                failed += 1
                 self._clear(j)
+        return failed, spent
 
     cdef int64_t _first_unheld(self, int64_t j) noexcept:
         """GPTQ's first version stores zero points, counted from the lowest code up, less 1: the lowest has no place."""

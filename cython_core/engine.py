@@ -32,6 +32,7 @@ from flightquant.cython_core.validate import (
     check_batch,
     checked_layers,
     read_global_amax,
+    read_importance,
     read_overrides,
 )
 from flightquant.errors import DeadlineError, InvalidRequestError, LayerError, TooLargeError, clip_text
@@ -241,9 +242,10 @@ class Session:
         if work.rows.size:
             plan = work.plan(self._engine.isa, self._command.metrics)
             seconds |= self._engine.run(plan, should_stop)
-            plan.finish(work.sums, work.first_bad, work.unheld, work.nanoseconds)
-            work.note_failures()
-            self._abort_on(checked)
+            failed, work.kernel_ns = plan.finish(work.sums, work.first_bad, work.unheld, work.nanoseconds)
+            if failed:
+                work.note_failures()
+                self._abort_on(checked)
         answer = build_answer(batch, checked, work, self._command, self.schema)
         return Answer(answer, work.row_sums, seconds, answer, self._add_up(work))
 
@@ -251,7 +253,7 @@ class Session:
         limit = self._limits.max_call_bytes
         if limit is None:
             return
-        total = self.end.bytes_in + int(checked.lengths.sum()) * self._request.value_bytes
+        total = self.end.bytes_in + checked.total * self._request.value_bytes
         if total > limit:
             raise TooLargeError(
                 f"the call has sent {total} bytes of weights; expected at most {limit}",
@@ -273,9 +275,9 @@ class Session:
         batch = EndMessage(
             rows=len(checked.lengths),
             batches=1,
-            bytes_in=int(checked.lengths.sum()) * self.value_bytes,
-            bytes_out=int(work.bytes_out.sum()),
-            kernel_ns=int(work.nanoseconds.sum()),
+            bytes_in=checked.total * self.value_bytes,
+            bytes_out=work.total_out,
+            kernel_ns=work.kernel_ns,
             failed_rows=len(checked.failures),
         )
         self.end.add(batch)
@@ -295,6 +297,7 @@ class _Work:
         self.specs: list[LayerSpec] = [command.layer_spec()]
         self.spec_of_row = self._resolve(read_overrides(batch, request), command)
         amax = read_global_amax(batch, request, checked.failures)
+        importance, self._importance_holder = read_importance(batch, request, checked)
         self._refuse_uneven()
         count = batch.num_rows
         failed = np.zeros(count, np.uint8)
@@ -304,11 +307,12 @@ class _Work:
         rows = np.empty(count, np.int64)
         offsets = np.empty((3, count + 1), np.int64)
         self.bytes_out = np.empty(count, np.int64)
-        made, scratch = lay_out(
+        made, scratch, self.total_out = lay_out(
             _spec_table(tuple(self.specs), request.dtype),
             self.spec_of_row,
             checked.starts,
             checked.lengths,
+            importance,
             checked.matrix,
             failed,
             jobs,
@@ -323,6 +327,7 @@ class _Work:
         self.first_bad = np.empty(made, np.int64)
         self.unheld = np.empty(made, np.int64)
         self.nanoseconds = np.empty(made, np.int64)
+        self.kernel_ns = 0
         self._scratch = _memory(scratch)
 
     def plan(self, isa: str, measure: bool) -> Plan:
@@ -351,13 +356,13 @@ class _Work:
 
     def _refuse_uneven(self) -> None:
         """A group never crosses a row, so it must divide it, unless groups run over the flat tensor."""
-        sizes = np.array([_row_divisor(spec) for spec in self.specs])[self.spec_of_row]
-        cols = self.checked.matrix[:, 1]
-        uneven = cols % sizes
         self._refuse_part_words()
-        if not uneven.any():
+        divisors = [_row_divisor(spec) for spec in self.specs]
+        if divisors == [1]:
             return
-        for i in np.flatnonzero((cols > 0) & (uneven != 0)):
+        sizes = np.array(divisors)[self.spec_of_row]
+        cols = self.checked.matrix[:, 1]
+        for i in np.flatnonzero((cols > 0) & (cols % sizes != 0)):
             spec = self.specs[self.spec_of_row[i]]
             text = (
                 f"a row of {cols[i]} weights is no multiple of {spec.scheme.name}'s group size {sizes[i]}; expected "
@@ -378,8 +383,6 @@ class _Work:
 
     def note_failures(self) -> None:
         """Turn rows in which the kernels met NaN or infinity, or a zero point without a place, into failures."""
-        if max(self.first_bad.max(initial=-1), self.unheld.max(initial=-1)) < 0:
-            return
         for k in np.flatnonzero(self.first_bad >= 0):
             text = f"weight {self.first_bad[k]} is NaN or infinite as float32; expected finite weights"
             self.checked.failures.setdefault(int(self.rows[k]), ("non_finite", text))
@@ -391,6 +394,7 @@ class _Work:
             self.checked.failures.setdefault(int(self.rows[k]), ("unsupported", text))
         for k in np.flatnonzero((self.first_bad >= 0) | (self.unheld >= 0)):
             self.sums[k] = 0
+            self.total_out -= int(self.bytes_out[self.rows[k]])
             self.bytes_out[self.rows[k]] = 0
 
     @cached_property

@@ -12,7 +12,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from prometheus_client import CollectorRegistry, disable_created_metrics, start_http_server
@@ -31,6 +32,9 @@ from flightquant.server.middleware import CallMiddlewareFactory
 from flightquant.server.service import QuantService, build_labels
 from flightquant.server.stored import Places, Stored
 from flightquant.spec import SCHEMES, Command
+
+if TYPE_CHECKING:
+    from flightquant.server.tracing import Tracing
 
 log = logging.getLogger("flightquant.server")
 
@@ -77,6 +81,7 @@ class Server:
         build = build_labels(actions.version(self.engine.n_threads))
         self.metrics = Metrics(self.registry, self.admission, build, self.engine.n_threads)
         self._gate = make_gate(config)
+        self._tracing = make_tracing(config)
         self._closing = ExitStack()
         self._health: Health | None = None
         self._service: QuantService | None = None
@@ -99,7 +104,7 @@ class Server:
             exchange = Exchange(self.engine, config.limits, self.admission, self.metrics, config.call_timeout_s)
             places = Places(config.source_root, config.sink_root)
             stored = Stored(places, self.engine, config.limits, self.admission, self.metrics, config.call_timeout_s)
-            middleware = CallMiddlewareFactory(self._gate, self.admission, self._end_call)
+            middleware = CallMiddlewareFactory(self._gate, self.admission, self._end_call, self._begin_call)
             try:
                 self._service = QuantService(
                     config.location, middleware, exchange, stored, self.engine.n_threads, tls_arguments(config)
@@ -122,10 +127,16 @@ class Server:
         undo.callback(httpd.shutdown)
         self.metrics_url = f"http://{host}:{httpd.server_port}/metrics"
 
+    def _begin_call(self, call: Call) -> None:
+        if self._tracing is not None:
+            self._tracing.begin(call)
+
     def _end_call(self, call: Call) -> None:
         self.metrics.observe_end(call)
         self.admission.leave(call)
         logs.log_call(call)
+        if self._tracing is not None:
+            self._tracing.end(call)
 
     def ready_line(self) -> str:
         """The JSON object that says where to find the server."""
@@ -165,6 +176,8 @@ class Server:
         log.info("stopped", extra={"fields": {"cut_calls": cut}})
         self._service = None
         self._closing.close()
+        if self._tracing is not None:
+            self._tracing.close()
         if self._owns_engine and not cut:
             self.engine.close()
         return cut
@@ -201,6 +214,23 @@ def make_gate(config: ServerConfig) -> Gate:
     if not verifiers and config.tls_client_ca is None and config.host not in LOOPBACK:
         log.warning("open to everyone", extra={"fields": {"location": config.location}})
     return Gate(verifiers, config.tls_client_ca is not None, config.roles)
+
+
+def make_tracing(config: ServerConfig) -> Tracing | None:
+    """What sends spans, if they are asked for.
+
+    Raises
+    ------
+    ConfigError
+        The ``otel`` extra is not installed.
+    """
+    if config.otlp_endpoint is None:
+        return None
+    try:
+        from flightquant.server.tracing import Tracing
+    except ImportError as error:
+        raise ConfigError(f"otlp_endpoint needs what `pip install 'flightquant[otel]'` installs ({error})") from None
+    return Tracing.to(config.otlp_endpoint, version("flightquant"))
 
 
 def log_unread(sentence: str) -> None:

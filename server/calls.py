@@ -17,6 +17,8 @@ TRACE_HEADER = "traceparent"
 UNKNOWN = "none"
 """``op`` and ``scheme`` of a call whose command was not read."""
 
+MAX_STAGES = 1000
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
@@ -25,6 +27,32 @@ Headers = Mapping[str, Sequence[str | bytes]]
 
 class CallCancelledError(Exception):
     """The client ended the call or is gone: nobody is left to be told."""
+
+
+class Stages:
+    """When each stage of each batch of one call ran, the first :data:`MAX_STAGES` of them.
+
+    Attributes
+    ----------
+    started_ns : int
+        When the call began, nanoseconds since the epoch.
+    noted : list of (str, float, float)
+        Name, start in seconds since the call began, and length in seconds.
+    dropped : int
+        Stages that were too many to be noted.
+    """
+
+    def __init__(self) -> None:
+        self.started_ns = time.time_ns()
+        self.noted: list[tuple[str, float, float]] = []
+        self.dropped = 0
+
+    def note(self, name: str, begin: float, seconds: float) -> None:
+        """One stage of one batch."""
+        if len(self.noted) < MAX_STAGES:
+            self.noted.append((name, begin, seconds))
+        else:
+            self.dropped += 1
 
 
 @dataclass(slots=True)
@@ -51,6 +79,8 @@ class Call:
         Since when the call waits for its client, in :func:`time.monotonic` seconds; infinite while it does not.
     bytes_held : int
         Bytes of batches that the call holds now.
+    stages : Stages or None
+        Where its stages are noted, if spans are made of them.
     """
 
     request_id: str
@@ -69,6 +99,7 @@ class Call:
     admitted: bool = False
     silent_since: float = math.inf
     gave_place: bool = False
+    stages: Stages | None = None
     started: float = field(default_factory=time.monotonic)
 
     @classmethod

@@ -137,6 +137,10 @@ def serve(
         list[Path] | None,
         typer.Option(envvar=f"{_ENV}SINK_ROOT", help="Folder that stored sources may be converted into."),
     ] = None,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(envvar=f"{_ENV}OTLP_ENDPOINT", help="Where OpenTelemetry spans go, http://host:4318/v1/traces."),
+    ] = _DEFAULTS.otlp_endpoint,
     log_level: Annotated[LogLevel, typer.Option(envvar=f"{_ENV}LOG_LEVEL", help="What is logged.")] = LogLevel.info,
     log_format: Annotated[
         LogFormat, typer.Option(envvar=f"{_ENV}LOG_FORMAT", help="How it is logged.")
@@ -183,6 +187,7 @@ def serve(
             source_root=tuple(source_root or ()),
             sink_root=tuple(sink_root or ()),
             default_roles=default_roles,
+            otlp_endpoint=otlp_endpoint,
             log_level=log_level.value,
             log_format=log_format.value,
         )

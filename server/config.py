@@ -74,6 +74,8 @@ class ServerConfig:
         Folders from which stored sources may be read, and into which they may be converted; none by default.
     default_roles : str
         Roles, separated by commas, of an identity that comes without any.
+    otlp_endpoint : str or None
+        Where OpenTelemetry spans go over OTLP/HTTP, such as ``http://collector:4318/v1/traces``.
     log_level, log_format : str
         One of :data:`LOG_LEVELS` and of :data:`LOG_FORMATS`.
 
@@ -110,6 +112,7 @@ class ServerConfig:
     source_root: tuple[Path, ...] = ()
     sink_root: tuple[Path, ...] = ()
     default_roles: str = "quantize"
+    otlp_endpoint: str | None = None
     log_level: str = "info"
     log_format: str = "json"
 
@@ -130,6 +133,7 @@ class ServerConfig:
         self._check("log_format", self.log_format in LOG_FORMATS, "one of " + ", ".join(LOG_FORMATS))
         self._check_tls()
         self._check_identity()
+        self._check_otlp()
         for name in ("source_root", "sink_root"):
             self._check(name, all(map(Path.is_dir, getattr(self, name))), "folders that exist")
         for limit in fields(self.limits):
@@ -187,6 +191,11 @@ class ServerConfig:
         algorithms = self.jwt_algorithms.split(",")
         allowed = set(algorithms) <= set(ALGORITHMS)
         self._check("jwt_algorithms", allowed, f"some of {','.join(ALGORITHMS)}: private keys only")
+
+    def _check_otlp(self) -> None:
+        parts = urlsplit(self.otlp_endpoint or "http://localhost")
+        good = parts.scheme in ("http", "https") and bool(parts.hostname)
+        self._check("otlp_endpoint", good, "an address such as http://collector:4318/v1/traces")
 
     @property
     def roles(self) -> frozenset[str]:

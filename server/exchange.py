@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -98,7 +98,7 @@ class Exchange:
                 chunk = step.read(reader.read_chunk)
         except StopIteration:
             return None
-        self._metrics.observe_stage("receive", time.perf_counter() - started, call.trace_id)
+        self._observe(call, {"receive": time.perf_counter() - started})
         return chunk
 
     def _answer(self, call: Call, step: _Step, session: Session | QuantizedSession, chunk: Any, writer: Any) -> None:
@@ -115,7 +115,7 @@ class Exchange:
                 step.write(lambda: writer.write_with_metadata(answer.batch, sums.tobytes()))
             else:
                 step.write(lambda: writer.write_batch(answer.batch))
-            self._metrics.observe_stage("write", time.perf_counter() - started, call.trace_id)
+            self._observe(call, {"write": time.perf_counter() - started})
             self._metrics.observe_answer(answer, held, session.value_bytes)
         finally:
             self._admission.hold(call, 0)
@@ -131,9 +131,18 @@ class Exchange:
                 # The engine knows that it was told to stop, the step knows why.
                 step.check()
                 raise
-        for stage, seconds in answer.seconds.items():
-            self._metrics.observe_stage(stage, seconds, call.trace_id)
+        self._observe(call, answer.seconds)
         return answer
+
+    def _observe(self, call: Call, stages: Mapping[str, float]) -> None:
+        """The seconds of stages that ran one after the other until now."""
+        for stage, seconds in stages.items():
+            self._metrics.observe_stage(stage, seconds, call.trace_id)
+        if call.stages is not None:
+            begin = call.seconds - sum(stages.values())
+            for stage, seconds in stages.items():
+                call.stages.note(stage, begin, seconds)
+                begin += seconds
 
 
 class _Step:

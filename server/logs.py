@@ -48,13 +48,17 @@ class TextFormatter(logging.Formatter):
 
 
 def configure(level: str, form: str, stream: TextIO | None = None) -> None:
-    """Send the log of this package, from ``level`` on, to ``stream`` (standard error); for a process of its own."""
+    """Send the log of this package, from ``level`` on, to ``stream`` (standard error); for a process of its own.
+
+    What OpenTelemetry says of spans that it cannot send comes in the same form.
+    """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
-    root = logging.getLogger("flightquant")
-    root.handlers[:] = [handler]
-    root.setLevel(level.upper())
-    root.propagate = False
+    for name in ("flightquant", "opentelemetry"):
+        root = logging.getLogger(name)
+        root.handlers[:] = [handler]
+        root.setLevel(level.upper())
+        root.propagate = False
 
 
 def log_call(call: Call) -> None:

@@ -60,17 +60,27 @@ class CallMiddlewareFactory(flight.ServerMiddlewareFactory):  # type: ignore[mis
         Says who calls.
     on_end : callable
         Told of every call that is over, refused ones included.
+    on_start : callable
+        Told of every call, before anything is done for it.
     """
 
-    def __init__(self, gate: Gate, admission: Admission, on_end: Callable[[Call], None]) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        admission: Admission,
+        on_end: Callable[[Call], None],
+        on_start: Callable[[Call], None] = lambda call: None,
+    ) -> None:
         super().__init__()
         self._gate = gate
         self._admission = admission
+        self._on_start = on_start
         self._on_end = on_end
 
     def start_call(self, info: Any, headers: Headers) -> CallMiddleware:
         """Called by Flight with the headers of every call."""
         call = Call.from_headers(_METHODS.get(info.method.name, "other"), headers)
+        self._on_start(call)
         try:
             with Guard(call):
                 call.identity = self._gate.identify(headers)

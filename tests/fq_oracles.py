@@ -329,7 +329,7 @@ def library_quantize(storage: npt.NDArray[Any], dtype: str, options: dict[str, A
     if scheme in ("nf4", "fp4", "bnb8"):
         return bitsandbytes_quantize(storage, dtype, scheme, **chosen)
     if scheme.endswith("_k") or scheme == "iq4_nl":
-        return ggml_quantize(storage, dtype, scheme)
+        return ggml_quantize(storage, dtype, scheme, **chosen)
     if scheme.startswith("q"):
         return gguf_quantize(storage, dtype, scheme)
     bits = int(scheme.removeprefix("int"))

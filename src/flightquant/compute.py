@@ -13,7 +13,6 @@ scheme's defaults; :func:`expression` makes what a column's own type and other o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from threading import Lock
 from typing import Any
@@ -134,7 +133,7 @@ def _register(name: str, command: Command, weights: pa.Field, shape: pa.DataType
 
 
 def _function(command: Command, weights: pa.Field, shape: pa.DataType) -> Callable[..., pa.StructArray]:
-    options = {key: value for key, value in json.loads(command.to_json()).items() if key != "op"}
+    options = command.options()
     schema = pa.schema([pa.field("layer_name", pa.utf8()), weights.with_name("weights"), pa.field("shape", shape)])
 
     def quantized(context: Any, values: pa.Array, shapes: pa.Array) -> pa.StructArray:

@@ -487,11 +487,14 @@ class Command:
         """
         return _layer_spec(self)
 
-    def to_json(self) -> bytes:
-        """The descriptor's bytes: every key that is not at its default."""
+    def options(self) -> dict[str, Any]:
+        """Keys that are not at their defaults, without ``op``: what ``quantize`` takes beside the weights."""
         defaults = {field.name: field.default for field in fields(self)}
-        given = {key: value for key, value in asdict(self).items() if value != defaults[key]}
-        return json.dumps({"op": self.op, **given}).encode()
+        return {key: value for key, value in asdict(self).items() if key != "op" and value != defaults[key]}
+
+    def to_json(self) -> bytes:
+        """The descriptor's bytes: ``op`` and every key that is not at its default."""
+        return json.dumps({"op": self.op, **self.options()}).encode()
 
 
 @lru_cache(maxsize=256, typed=True)

@@ -316,8 +316,13 @@ class EndMessage:
 
     def add(self, batch: EndMessage) -> None:
         """Add the totals of a batch."""
-        for name in self.__dataclass_fields__:
-            setattr(self, name, getattr(self, name) + getattr(batch, name))
+        self.rows += batch.rows
+        self.batches += batch.batches
+        self.bytes_in += batch.bytes_in
+        self.bytes_out += batch.bytes_out
+        self.bytes_copied += batch.bytes_copied
+        self.kernel_ns += batch.kernel_ns
+        self.failed_rows += batch.failed_rows
 
     def to_json(self) -> bytes:
         """The message's bytes, ``complete`` first."""

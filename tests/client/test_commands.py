@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from safetensors import numpy as official
 
@@ -124,6 +125,17 @@ def test_ping(tmp_path: Path) -> None:
     err = flightquant_("ping", "grpc://127.0.0.1:1", "--timeout", "1", code=1)[1]
     assert err.startswith("flightquant: ")
     assert err.count("\n") == 1
+
+
+def test_a_server_is_asked_for_every_option_of_a_recipe(model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"scheme": "arrowquant", "bit_width": 2, "group_size": 64}))
+    here, there = tmp_path / "here.parquet", tmp_path / "there.parquet"
+    flightquant_("quantize", model, "-o", here, "--recipe", recipe)
+    with running_server() as server:
+        flightquant_("quantize", model, "-o", there, "--recipe", recipe, "--server", server.location)
+    tables = [pq.read_table(path).drop_columns(["kernel_ns", "bytes_copied"]) for path in (here, there)]
+    assert tables[0].equals(tables[1])
 
 
 def test_a_dry_run_tells_the_very_sizes(model: Path, tmp_path: Path) -> None:

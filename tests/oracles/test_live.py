@@ -98,6 +98,22 @@ def test_engine_and_reference_are_the_library(dtype: str, options: dict[str, Any
                 same_bits(cell.values.to_numpy(), expected, f"{name}: {column}")
 
 
+@needs_ggml
+@pytest.mark.parametrize("scheme", SEARCHED)
+def test_importance_is_ggmls(scheme: str) -> None:
+    rng = np.random.default_rng(41)
+    layers = matrices("float32", seed=42)
+    usual = {name: (rng.standard_normal(weights.shape[1]) ** 2).astype(np.float32) for name, weights in layers.items()}
+    wide = {
+        name: (values * 10.0 ** rng.uniform(-20, 20, values.size)).astype(np.float32) for name, values in usual.items()
+    }
+    for importance in (usual, wide, {name: np.zeros_like(values) for name, values in usual.items()}):
+        table = flightquant.quantize(layers, scheme, importance=importance)
+        for i, (name, weights) in enumerate(layers.items()):
+            data, _, _ = library_quantize(weights, "float32", {"scheme": scheme, "importance": importance[name]})
+            same_bits(np.frombuffer(table.column("quantized_data")[i].as_buffer(), np.uint8), data, name)
+
+
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("width", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -285,6 +285,7 @@ def test_arbitrary_json_is_a_command_or_a_typed_refusal(raw: dict[str, Any]) -> 
         json.dumps(error.to_json())
     else:
         assert Command.parse(command.to_json()) == command
+        assert Command.build(op=command.op, **command.options()) == command
 
 
 @given(

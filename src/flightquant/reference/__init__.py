@@ -97,10 +97,18 @@ def quantize(
     spec: LayerSpec,
     dtype: str,
     global_amax: float | None = None,
+    importance: F32 | None = None,
     *,
     measure: bool = True,
 ) -> QuantizedLayer:
     """Quantize a matrix of shape (rows, cols), not empty; bfloat16 comes as uint16.
+
+    Parameters
+    ----------
+    global_amax : float, optional
+        The magnitude of a tensor that this is a part of.
+    importance : float32 array of shape (cols,), optional
+        What an error in each column counts, in schemes that search.
 
     Raises
     ------
@@ -119,7 +127,7 @@ def quantize(
     scales: F32 | None = None
     zeros: F32 | None = None
     if spec.scheme.name in kquants.SCHEMES:
-        data = kquants.quantize(weights, spec.scheme.name, dtype)
+        data = kquants.quantize(weights, spec.scheme.name, dtype, importance)
     elif spec.scheme.block_bytes:
         data = gguf.quantize(weights, spec.scheme.name, dtype)
     elif spec.scheme.name == "bnb8":
