@@ -309,10 +309,9 @@ cdef class Plan:
     """Jobs cut into tiles; every step may run with any number of threads and gives the same bits.
 
     Call ``reduce`` over all of ``reduce_tiles``, then ``parameters``, then ``quantize`` over all of ``tiles``, ``nest``
-    Call ``reduce`` over all of ``reduce_tiles``, then ``parameters``, then ``quantize`` over all of ``tiles``, ``nest``
     over all of ``nested`` and ``compare`` over all of ``compared`` (each in any slices), then ``finish``. ``owner``
-    keeps the memory behind every address for as long as the plan lives: a
-    caller that is interrupted may be gone before the kernels are.
+    keeps the memory behind every address for as long as the plan lives: a caller that is interrupted may be gone before
+    the kernels are.
     """
 
     cdef readonly int64_t tiles
