@@ -418,7 +418,7 @@ def _spec_table(specs: tuple[LayerSpec, ...], dtype: str) -> npt.NDArray[np.int6
     return np.array(
         [
             (
-                FAMILIES[spec.scheme.name],
+                FAMILIES[spec.scheme.family],
                 DTYPES[dtype],
                 DTYPES[spec.arithmetic_for(dtype)],
                 DTYPES.get(spec.scale_dtype_for(dtype), DTYPES["float32"]),
