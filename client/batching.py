@@ -113,6 +113,9 @@ def cut(shape: tuple[int, ...], itemsize: int, spec: LayerSpec) -> list[tuple[in
 
 
 def _can_cut(shape: tuple[int, ...], spec: LayerSpec) -> bool:
+    if spec.scheme.nested:
+        # The scales' mean is that of the whole.
+        return False
     if spec.granularity == "tensor":
         # One scale for all: the parts can be told the magnitude of the whole, but not its smallest and largest value.
         return spec.symmetric and len(shape) > 1

@@ -22,6 +22,7 @@ cdef extern from "fq.h" nogil:
         FQ_GPTQ
         FQ_GPTQ_V2
         FQ_AWQ
+        FQ_NESTED
     enum fq_dtype:
         FQ_F32
         FQ_F16
@@ -49,6 +50,7 @@ cdef extern from "fq.h" nogil:
         FQ_NVFP4
         FQ_ARROWQUANT
         FQ_MLX
+        FQ_BNB8
     ctypedef struct fq_job:
         const void *weights
         uint8_t *data
@@ -57,6 +59,7 @@ cdef extern from "fq.h" nogil:
         const float *importance
         int64_t n, unit, cols, row_bytes
         uint8_t *packed
+        float *outer
         int32_t packing
         int32_t family, dtype, arithmetic, scale_dtype, bits, symmetric, shared_scale, in_blocks, given_scales, measure
     ctypedef struct fq_range:
@@ -73,6 +76,8 @@ cdef extern from "fq.h" nogil:
             const fq_job *job, const fq_range *ranges, int64_t count, float *scales, float *zeros) noexcept nogil
         void (*quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) noexcept nogil
         void (*repack)(const fq_job *job, int64_t row, int64_t end) noexcept nogil
+        void (*nest)(const fq_job *job) noexcept nogil
+        void (*restore)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) noexcept nogil
     const fq_kernels *fq_find(const char *name)
     const char *fq_available(int i)
 
@@ -106,14 +111,17 @@ FAMILIES = {
     **{f"int{bits}": FQ_INTEGER for bits in range(2, 9)},
     "fp8_e4m3": FQ_FP8_E4M3, "fp8_e5m2": FQ_FP8_E5M2,
     "q8_0": FQ_Q8_0, "q4_0": FQ_Q4_0, "q4_1": FQ_Q4_1, "q5_0": FQ_Q5_0, "q5_1": FQ_Q5_1,
-    "nf4": FQ_NF4, "fp4": FQ_FP4,
+    "nf4": FQ_NF4, "fp4": FQ_FP4, "bnb8": FQ_BNB8,
     "q2_k": FQ_Q2_K, "q3_k": FQ_Q3_K, "q4_k": FQ_Q4_K, "q5_k": FQ_Q5_K, "q6_k": FQ_Q6_K, "iq4_nl": FQ_IQ4_NL,
     "mxfp4": FQ_MXFP4, "mxfp8": FQ_MXFP8, "nvfp4": FQ_NVFP4,
     "arrowquant": FQ_ARROWQUANT, "mlx": FQ_MLX,
 }
 
-PACKINGS = {"gptq": FQ_GPTQ, "gptq-v2": FQ_GPTQ_V2, "awq": FQ_AWQ}
-"""Layouts that packed integers are turned into at the end; all others are packed as they are made."""
+PACKINGS = {"gptq": FQ_GPTQ, "gptq-v2": FQ_GPTQ_V2, "awq": FQ_AWQ, "bnb-nested": FQ_NESTED}
+"""Layouts that are made of packed integers, or of scales, at the end; all others are packed as they are made."""
+
+cdef enum:
+    NESTED_BLOCK = 256
 
 SPEC_FIELDS = (
     "family", "dtype", "arithmetic", "scale_dtype", "bits", "symmetric", "shared_scale", "group_size", "block_bytes",
@@ -204,7 +212,11 @@ def lay_out(
             if not job[SYMMETRIC]:
                 zeros = scales
             job[PACKING], job[SCRATCH] = spec[12], scratch
-            if job[PACKING] != FQ_AS_PACKED:
+            if job[PACKING] == FQ_NESTED:
+                scratch += scales * 4
+                data += scales
+                scales = (scales + NESTED_BLOCK - 1) // NESTED_BLOCK + 1
+            elif job[PACKING] != FQ_AS_PACKED:
                 scratch += data
                 data += scales * job[BITS] // 8
             job[DATA] = offsets[0, i]
@@ -296,20 +308,24 @@ cdef struct Tile:
 cdef class Plan:
     """Jobs cut into tiles; every step may run with any number of threads and gives the same bits.
 
-    Call ``reduce`` over all of ``reduce_tiles``, then ``parameters``, then ``quantize`` over all of ``tiles`` (both in
-    any slices), then ``finish``. ``owner`` keeps the memory behind every address for as long as the plan lives: a
-    caller that is interrupted may be gone before the kernels are.
+    Call ``reduce`` over all of ``reduce_tiles``, then ``parameters``, then ``quantize`` over all of ``tiles``, ``nest``
+    over all of ``nested`` and ``compare`` over all of ``compared`` (each in any slices), then ``finish``. ``owner``
+    keeps the memory behind every address for as long as the plan lives: a caller that is interrupted may be gone before
+    the kernels are.
     """
 
     cdef readonly int64_t tiles
     cdef readonly int64_t reduce_tiles
     cdef readonly int64_t repack_tiles
+    cdef readonly int64_t nested
+    cdef readonly int64_t compared
     cdef const fq_kernels *_kernels
     cdef fq_job *_jobs
     cdef Tile *_tiles
     cdef Tile *_reduce_tiles
     cdef Tile *_repack_tiles
     cdef int64_t *_repack_ns
+    cdef int64_t *_nest_ns
     cdef fq_result *_results
     cdef fq_result *_reduced
     cdef const int64_t[:, ::1] _matrix
@@ -353,7 +369,8 @@ cdef class Plan:
         self._matrix = jobs
         self._n_jobs = jobs.shape[0]
         self._jobs = <fq_job *>calloc(max(self._n_jobs, 1), sizeof(fq_job))
-        if self._jobs == NULL:
+        self._nest_ns = <int64_t *>calloc(max(self._n_jobs, 1), sizeof(int64_t))
+        if self._jobs == NULL or self._nest_ns == NULL:
             raise MemoryError()
         self._given_amax = given_amax
         self._owner = owner
@@ -361,6 +378,7 @@ cdef class Plan:
         for i in range(self._n_jobs):
             self._fill_job(i, measure, data, scales, zeros, scratch)
         self._cut_tiles()
+        self.compared = self.tiles if self.nested and measure else 0
 
     cdef void _fill_job(
         self, int64_t i, bint measure, uintptr_t data, uintptr_t scales, uintptr_t zeros, uintptr_t scratch
@@ -371,7 +389,7 @@ cdef class Plan:
         job.importance = <const float *><uintptr_t>row[IMPORTANCE]
         job.data = <uint8_t *>(data + <uintptr_t>row[DATA])
         job.packing = row[PACKING]
-        if job.packing != FQ_AS_PACKED:
+        if job.packing not in (FQ_AS_PACKED, FQ_NESTED):
             job.packed, job.data = job.data, <uint8_t *>(scratch + <uintptr_t>row[SCRATCH])
         job.scales = <float *>(scales + <uintptr_t>row[SCALES]) if row[SCALES] >= 0 else NULL
         job.zeros = <float *>(zeros + <uintptr_t>row[ZEROS]) if row[ZEROS] >= 0 else NULL
@@ -379,6 +397,11 @@ cdef class Plan:
         job.family, job.dtype, job.arithmetic = row[FAMILY], row[DTYPE], row[ARITHMETIC]
         job.scale_dtype, job.bits, job.symmetric = row[SCALE_DTYPE], row[BITS], row[SYMMETRIC]
         job.shared_scale, job.in_blocks, job.measure = row[SHARED_SCALE], row[IN_BLOCKS], measure
+        if job.packing == FQ_NESTED:
+            # Its weights are measured at the end, with the scales that remain.
+            job.packed, job.outer, job.measure = job.data + (job.n + 1) // 2, job.scales, 0
+            job.scales = <float *>(scratch + <uintptr_t>row[SCRATCH])
+            self.nested = self._n_jobs
 
     cdef int _cut_tiles(self) except -1:
         cdef int64_t i, count = 0, reduced = 0
@@ -444,7 +467,7 @@ cdef class Plan:
         """The same of a job that is packed a second time, in rows."""
         cdef const fq_job *job = &self._jobs[i]
         cdef int64_t begin = 0, count = 0, rows = job.n // job.cols
-        if job.packing == FQ_AS_PACKED:
+        if job.packing in (FQ_AS_PACKED, FQ_NESTED):
             return 0
         while begin < rows:
             if to != NULL:
@@ -462,6 +485,7 @@ cdef class Plan:
         free(self._reduced)
         free(self._repack_tiles)
         free(self._repack_ns)
+        free(self._nest_ns)
 
     def reduce(self, int64_t first, int64_t last, int n_threads):
         """Ranges of the tiles from ``first`` up to ``last`` of those whose scale covers more than one tile."""
@@ -577,6 +601,37 @@ cdef class Plan:
         self._kernels.repack(&self._jobs[tile.job], tile.begin, tile.end)
         self._repack_ns[i] = now() - start
 
+    def nest(self, int64_t first, int64_t last, int n_threads):
+        """Quantize the scales of those jobs from ``first`` up to ``last`` whose scales are quantized too."""
+        cdef int64_t i
+        if not 0 <= first <= last <= self.nested:
+            raise IndexError(f"jobs {first} to {last} of {self.nested}")
+        with nogil:
+            for i in prange(first, last, num_threads=n_threads, schedule="dynamic", chunksize=1):
+                if self._jobs[i].packing == FQ_NESTED:
+                    self._nest_one(i)
+
+    cdef void _nest_one(self, int64_t i) noexcept nogil:
+        cdef int64_t start = now()
+        self._kernels.nest(&self._jobs[i])
+        self._nest_ns[i] = now() - start
+
+    def compare(self, int64_t first, int64_t last, int n_threads):
+        """Measure the weights of these jobs, for the tiles from ``first`` up to ``last``."""
+        cdef int64_t i
+        if not 0 <= first <= last <= self.compared:
+            raise IndexError(f"tiles {first} to {last} of {self.compared}")
+        with nogil:
+            for i in prange(first, last, num_threads=n_threads, schedule="dynamic", chunksize=1):
+                if self._jobs[self._tiles[i].job].packing == FQ_NESTED:
+                    self._compare_one(i)
+
+    cdef void _compare_one(self, int64_t i) noexcept nogil:
+        cdef int64_t start = now()
+        cdef Tile *tile = &self._tiles[i]
+        self._kernels.restore(&self._jobs[tile.job], tile.begin, tile.end, &self._results[i])
+        self._results[i].nanoseconds += now() - start
+
     def finish(
         self, double[:, ::1] sums, int64_t[::1] first_bad, int64_t[::1] unheld, int64_t[::1] nanoseconds
     ):
@@ -607,7 +662,7 @@ cdef class Plan:
         for j in range(self._n_jobs):
             sums[j, 0] = sums[j, 1] = sums[j, 2] = sums[j, 3] = 0
             first_bad[j] = -1
-            nanoseconds[j] = 0
+            nanoseconds[j] = self._nest_ns[j]
         for i in range(self.reduce_tiles):
             nanoseconds[self._reduce_tiles[i].job] += self._reduced[i].nanoseconds
         for i in range(self.tiles):
@@ -647,9 +702,11 @@ cdef class Plan:
     cdef void _clear(self, int64_t j) noexcept:
         """What a refused layer leaves must hold nothing of it, nor of the memory's last user."""
         cdef int64_t count = self._matrix[j, SCALE_COUNT]
-        cdef uint8_t *data = self._jobs[j].data if self._jobs[j].packed == NULL else self._jobs[j].packed
+        cdef fq_job *job = &self._jobs[j]
+        cdef uint8_t *data = job.packed if job.packed != NULL and job.packing != FQ_NESTED else job.data
+        cdef float *scales = job.outer if job.outer != NULL else job.scales
         memset(data, 0, self._matrix[j, DATA_BYTES])
-        if self._jobs[j].scales != NULL:
-            memset(self._jobs[j].scales, 0, count * sizeof(float))
+        if scales != NULL:
+            memset(scales, 0, count * sizeof(float))
         if self._jobs[j].zeros != NULL:
             memset(self._jobs[j].zeros, 0, count * sizeof(float))

@@ -140,6 +140,8 @@ class Engine:
         plan.parameters()
         self.in_slices(plan.quantize, plan.tiles, should_stop, seconds)
         self.in_slices(plan.repack, plan.repack_tiles, should_stop, seconds)
+        self.in_slices(plan.nest, plan.nested, should_stop, seconds)
+        self.in_slices(plan.compare, plan.compared, should_stop, seconds)
         return seconds
 
     def in_slices(

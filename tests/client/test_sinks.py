@@ -27,6 +27,7 @@ from flightquant.client.convert import Conversion, convert
 from flightquant.client.recipes import Recipe
 from flightquant.client.sinks import safetensors as sink_module
 from flightquant.client.sources import open_source
+from flightquant.client.stored import open_dequantized
 from flightquant.errors import InvalidRequestError, UnavailableError
 from flightquant.spec import Command
 
@@ -251,6 +252,30 @@ def test_bitsandbytes_names(tmp_path: Path, scheme: str) -> None:
     assert state == {"quant_type": scheme, "blocksize": 64, "dtype": "bfloat16", "shape": [32, 256]}
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (config["bnb_4bit_quant_type"], config["llm_int8_skip_modules"]) == (scheme, ["lm_head"])
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "fp4"])
+def test_bitsandbytes_names_of_double_quantization(tmp_path: Path, scheme: str) -> None:
+    run(model(tmp_path / "m"), tmp_path / "out", scheme=scheme, double_quant=True)
+    stored = official.load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.layers.0.up.weight"
+    state = json.loads(stored[f"{name}.quant_state.bitsandbytes__{scheme}"].tobytes())
+    offset = state.pop("nested_offset")
+    assert state == {
+        "quant_type": scheme, "blocksize": 64, "dtype": "bfloat16", "shape": [32, 256], "nested_blocksize": 256,
+        "nested_dtype": "float32",
+    }  # fmt: skip
+    assert np.float32(offset) == offset > 0
+    shapes = {key: (array.dtype.name, array.shape) for key, array in stored.items() if key.startswith(f"{name}.")}
+    assert shapes[f"{name}.absmax"] == ("uint8", (128,))
+    assert shapes[f"{name}.nested_absmax"] == ("float32", (1,))
+    assert shapes[f"{name}.nested_quant_map"] == ("float32", (256,))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["bnb_4bit_use_double_quant"] is True
+    again = open_dequantized(str(tmp_path / "out"))
+    weights = np.frombuffer(open_source(str(tmp_path / "m")).load(name).data, ml_dtypes.bfloat16).astype(np.float32)
+    error = np.frombuffer(again.load(name).data, np.float32) - weights
+    assert np.abs(error).max() < np.abs(weights).max() / 4
 
 
 KILLS = 20

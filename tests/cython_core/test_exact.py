@@ -53,6 +53,9 @@ OPTIONS: list[dict[str, Any]] = [
     *({"scheme": f"q{bits}_k"} for bits in range(2, 7)),
     *({"scheme": scheme} for scheme in ("mxfp4", "mxfp8", "nvfp4")),
     *({"scheme": scheme, "group_size": 32 << k} for scheme in ("nf4", "fp4") for k in range(8)),
+    *({"scheme": "bnb8", "group_size": size} for size in (64, 1024, 4096)),
+    *({"scheme": "nf4", "packing": "bnb-nested", "group_size": size} for size in (32, 4096)),
+    {"scheme": "fp4", "packing": "bnb-nested"},
     *(
         {"scheme": scheme, "packing": packing, "symmetric": symmetric, **unit}
         for (scheme, packing), symmetric, unit in itertools.product(

@@ -84,7 +84,7 @@ def storage(values: npt.NDArray[np.float64], dtype: str) -> npt.NDArray[Any]:
 
 
 COMMON_LIBRARIES = ("auto-gptq", "autoawq", "mlx", "compressed-tensors", "torch", "gguf", "bitsandbytes", "numpy")
-LIBRARIES = {"kquants": ("llama-cpp-python", "numpy")}
+LIBRARIES = {"kquants": ("llama-cpp-python", "numpy"), "codebook": ("bitsandbytes", "torch", "numpy")}
 
 Case = tuple[tuple[int, int, int], dict[str, Any]]
 """(First row, last row, columns) of the matrix, and the command's options; ``importance`` is a row of the table."""
@@ -139,6 +139,12 @@ def codebook(_: str) -> Iterator[Case]:
         yield from (((0, 16, COLS), {"scheme": scheme, "group_size": size}) for size in (32, 64, 4096))
         yield from (((2, 15, 251), {"scheme": scheme, "group_size": 32 << k}) for k in range(8))
         yield from (((0, 16, cols), {"scheme": scheme}) for cols in TAILS)
+        nested = {"scheme": scheme, "packing": "bnb-nested"}
+        yield from (((0, 22, COLS), {**nested, "group_size": size}) for size in (32, 64, 4096))
+        yield from (((10, 16, cols), {**nested, "group_size": 32}) for cols in TAILS)
+    yield from (((0, 22, COLS), {"scheme": "bnb8", "group_size": size}) for size in (64, 256, 4096))
+    yield from (((2, 15, 251), {"scheme": "bnb8", "group_size": 64 << k}) for k in range(7))
+    yield from (((0, 16, cols), {"scheme": "bnb8"}) for cols in TAILS)
 
 
 def arrowquant(_: str) -> Iterator[Case]:
