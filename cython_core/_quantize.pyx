@@ -508,6 +508,31 @@ cdef class Plan:
         self._kernels.reduce(&self._jobs[tile.job], tile.begin, tile.end, &self._reduced[i])
         self._reduced[i].nanoseconds = now() - start
 
+    def magnitudes(self, float[::1] amax, int64_t[::1] first_bad, int64_t[::1] nanoseconds):
+        """The largest magnitude of each job, all of which are symmetric with one scale, after ``reduce``.
+
+        Parameters
+        ----------
+        amax : float32 array of shape (jobs,), written
+        first_bad, nanoseconds : int64 array of shape (jobs,), written
+            As of ``finish``.
+        """
+        cdef int64_t i, j
+        cdef fq_range range_
+        cdef fq_result *part
+        if amax.shape[0] != self._n_jobs or first_bad.shape[0] != self._n_jobs or nanoseconds.shape[0] != self._n_jobs:
+            raise ValueError(f"expected outputs of {self._n_jobs} values")
+        for j in range(self._n_jobs):
+            amax[j], first_bad[j], nanoseconds[j] = 0, -1, 0
+        for i in range(self.reduce_tiles):
+            part, j = &self._reduced[i], self._reduce_tiles[i].job
+            memcpy(&range_.high, &amax[j], sizeof(float))
+            range_.high = max(range_.high, part.range.high)
+            memcpy(&amax[j], &range_.high, sizeof(float))
+            if first_bad[j] < 0:
+                first_bad[j] = part.first_bad
+            nanoseconds[j] += part.nanoseconds
+
     def parameters(self):
         """Scales and zero points of the reduced jobs, from the ranges of their tiles; the whole tensor's of nvfp4."""
         cdef int64_t i = 0, j, unit

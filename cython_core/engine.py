@@ -247,7 +247,7 @@ class Session:
                 work.note_failures()
                 self._abort_on(checked)
         answer = build_answer(batch, checked, work, self._command, self.schema)
-        return Answer(answer, work.row_sums, seconds, answer, self._add_up(work))
+        return Answer(answer, work.row_sums, seconds, answer, self._add_up(checked, work.total_out, work.kernel_ns))
 
     def _check_call_bytes(self, checked: CheckedBatch) -> None:
         limit = self._limits.max_call_bytes
@@ -269,15 +269,14 @@ class Session:
             name = clip_text(checked.names[row].as_py(), 200)
             raise LayerError(status, f'layer "{name}" (row {self.end.rows + row}): {status}: {text}', got=status)
 
-    def _add_up(self, work: _Work) -> EndMessage:
+    def _add_up(self, checked: CheckedBatch, bytes_out: int, kernel_ns: int) -> EndMessage:
         """The totals of a batch, which also join those of the call."""
-        checked = work.checked
         batch = EndMessage(
             rows=len(checked.lengths),
             batches=1,
             bytes_in=checked.total * self.value_bytes,
-            bytes_out=work.total_out,
-            kernel_ns=work.kernel_ns,
+            bytes_out=bytes_out,
+            kernel_ns=kernel_ns,
             failed_rows=len(checked.failures),
         )
         self.end.add(batch)
@@ -308,7 +307,7 @@ class _Work:
         offsets = np.empty((3, count + 1), np.int64)
         self.bytes_out = np.empty(count, np.int64)
         made, scratch, self.total_out = lay_out(
-            _spec_table(tuple(self.specs), request.dtype),
+            spec_table(tuple(self.specs), request.dtype),
             self.spec_of_row,
             checked.starts,
             checked.lengths,
@@ -413,7 +412,7 @@ def _row_divisor(spec: LayerSpec) -> int:
 
 
 @lru_cache(maxsize=256)
-def _spec_table(specs: tuple[LayerSpec, ...], dtype: str) -> npt.NDArray[np.int64]:
+def spec_table(specs: tuple[LayerSpec, ...], dtype: str) -> npt.NDArray[np.int64]:
     """The specs as ``lay_out`` takes them, one row of SPEC_FIELDS each."""
     return np.array(
         [

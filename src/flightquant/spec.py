@@ -20,7 +20,7 @@ from flightquant.errors import InvalidRequestError
 WEIGHT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
 GRANULARITIES = ("tensor", "channel", "group", "block")
-OPERATIONS = ("quantize", "dequantize", "verify")
+OPERATIONS = ("quantize", "dequantize", "verify", "amax")
 RESTORED_DTYPES = ("float32", "float16")
 ON_ERROR = ("row", "abort")
 MAX_COMMAND_BYTES = 64 * 1024
@@ -387,6 +387,7 @@ _KEYS_OF: dict[str, tuple[str, ...]] = {
     "quantize": tuple(key for key in _KEYS if key != "dtype"),
     "dequantize": ("op", "scheme", "bit_width", "group_size", "dtype", "on_error"),
     "verify": ("op", "scheme", "bit_width", "group_size", "on_error"),
+    "amax": ("op", "on_error"),
 }
 
 OVERRIDE_KEYS = ("scheme", "bit_width", "packing", "granularity", "group_size", "symmetric", "scale_dtype")
