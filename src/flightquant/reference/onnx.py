@@ -25,18 +25,20 @@ def parameters(groups: F32, spec: LayerSpec, dtype: str) -> tuple[F32, F32, F32]
     Symmetric: the end of larger magnitude, the lower one where both have the same, is the lowest code. Else both ends,
     drawn to 0, are the lowest and the highest one.
     """
-    middle, levels = np.float32(2 ** (spec.scheme.bits - 1)), np.float32(2**spec.scheme.bits - 1)
-    least, most = groups.min(axis=-1), groups.max(axis=-1)
-    least, most = np.minimum(least, 0) + np.float32(0), np.maximum(most, 0) + np.float32(0)
+    middle, levels, none = (np.float32(each) for each in (2 ** (spec.scheme.bits - 1), 2**spec.scheme.bits - 1, 0))
+    least: F32 = np.minimum(groups.min(axis=-1), none) + none
+    most: F32 = np.maximum(groups.max(axis=-1), none) + none
+    scales: F32
+    zeros: F32
     if spec.symmetric:
-        extreme = np.where(most > -least, most, least)
+        extreme: F32 = np.where(most > -least, most, least)
         extreme = np.where((least == 0) & (most == 0), groups[..., 0], extreme)  # a zero keeps its sign
-        scales = extreme / -middle
+        scales = np.negative(extreme / middle)
         zeros = np.full_like(scales, middle)
     else:
         scales = (most - least) / levels
-        zeros = np.where(scales != 0, np.float32(0) - least / scales, np.float32(0))
-        zeros = np.trunc(np.clip(zeros, 0, levels) + UNDER_HALF)
+        zeros = np.where(scales != 0, none - least / scales, none)
+        zeros = np.trunc(np.clip(zeros, none, levels) + UNDER_HALF)
     stored = round_to(scales, spec.scale_dtype_for(dtype))
     # Of float16 weights the library rounds the scale first; bfloat16 it does not know: scales are rounded afterwards.
     return stored if spec.arithmetic_for(dtype) == "float16" else scales, stored, zeros
@@ -68,7 +70,8 @@ def pack_points(zeros: F32, bits: int) -> npt.NDArray[np.uint8]:
     filled = np.full((rows, -(-groups // each) * each), 1 << (bits - 1), np.uint8)
     filled[:, :groups] = zeros.astype(np.uint8)
     shifted = filled.reshape(rows, -1, each) << (np.arange(each, dtype=np.uint8) * np.uint8(bits))
-    return np.bitwise_or.reduce(shifted, axis=-1)
+    packed: npt.NDArray[np.uint8] = np.bitwise_or.reduce(shifted, axis=-1)
+    return packed
 
 
 def unpack(data: npt.NDArray[np.uint8], spec: LayerSpec, rows: int, cols: int) -> integer.Codes:
