@@ -131,6 +131,7 @@ def reader(array: npt.NDArray[Any], n_threads: int) -> Callable[[], None]:
         np.zeros(1, np.int64),
         ones * array.ctypes.data,
         ones * array.size,
+        np.zeros(1, np.int64),
         np.array([[1, array.size]], np.int64),
         np.zeros(1, np.uint8),
         jobs,

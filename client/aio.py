@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from weakref import WeakSet
 
+import numpy.typing as npt
 import pyarrow as pa
 
 from flightquant.client.calls import Cancellation, Placed, Progress
@@ -18,13 +20,15 @@ from flightquant.client.exchange import STALL_SECONDS
 from flightquant.client.retry import Retry
 from flightquant.spec import Command
 
+Result = TypeVar("Result")
+
 
 class AsyncQuantClient:
     """:class:`QuantClient` for asyncio; any number of calls may run at once.
 
     Parameters
     ----------
-    uri, credentials, headers, timeout_s, window_bytes, window_batches, keepalive_s, stall_s, retry
+    uri, credentials, headers, timeout_s, window_bytes, window_batches, keepalive_s, stall_s, retry, n_threads
         As for :class:`QuantClient`.
 
     Examples
@@ -45,6 +49,7 @@ class AsyncQuantClient:
         keepalive_s: float | None = 300.0,
         stall_s: float = STALL_SECONDS,
         retry: Retry | None = Retry(),  # noqa: B008 - frozen
+        n_threads: int | None = None,
     ) -> None:
         self._client = QuantClient(
             uri,
@@ -56,6 +61,7 @@ class AsyncQuantClient:
             keepalive_s=keepalive_s,
             stall_s=stall_s,
             retry=retry,
+            n_threads=n_threads,
         )
         self._workers: WeakSet[ThreadPoolExecutor] = WeakSet()
 
@@ -93,6 +99,7 @@ class AsyncQuantClient:
         group_size: int | None = None,
         symmetric: bool | None = None,
         scale_dtype: str | None = None,
+        importance: Mapping[str, Any] | None = None,
         on_error: str | None = None,
         metrics: bool | None = None,
         progress: Progress | None = None,
@@ -109,12 +116,29 @@ class AsyncQuantClient:
             on_error=on_error,
             metrics=metrics,
         )
+        told = _on_loop(progress, asyncio.get_running_loop())
+        return await self._run(self._client._quantize, weights, command, importance, told)
+
+    async def amax(self, weights: Any) -> pa.Table:
+        """As :meth:`QuantClient.amax`."""
+        return await self._run(self._client._amax, weights)
+
+    async def dequantize(
+        self, answers: pa.Table | pa.RecordBatch, *, dtype: str = "float32"
+    ) -> dict[str, npt.NDArray[Any]]:
+        """As :meth:`QuantClient.dequantize`."""
+        return await self._run(self._client._dequantize, answers, dtype)
+
+    async def verify(self, weights: Any, answers: pa.Table | pa.RecordBatch) -> pa.Table:
+        """As :meth:`QuantClient.verify`."""
+        return await self._run(self._client._verify, weights, answers)
+
+    async def _run(self, call: Callable[..., Result], *given: Any) -> Result:
+        """A call on a thread of its own, which ends with this task."""
         cancellation = Cancellation()
         worker = self._worker()
-        loop = asyncio.get_running_loop()
         try:
-            told = _on_loop(progress, loop)
-            return await loop.run_in_executor(worker, self._client._quantize, weights, command, told, cancellation)
+            return await asyncio.get_running_loop().run_in_executor(worker, partial(call, *given, cancellation))
         finally:
             cancellation.now()
             worker.shutdown(wait=False)
@@ -130,6 +154,7 @@ class AsyncQuantClient:
         group_size: int | None = None,
         symmetric: bool | None = None,
         scale_dtype: str | None = None,
+        importance: Mapping[str, Any] | None = None,
         on_error: str | None = None,
         metrics: bool | None = None,
         progress: Progress | None = None,
@@ -149,7 +174,7 @@ class AsyncQuantClient:
         cancellation = Cancellation()
         worker = self._worker()
         loop = asyncio.get_running_loop()
-        answers = self._client._stream(weights, command, _on_loop(progress, loop), cancellation)
+        answers = self._client._stream(weights, command, importance, _on_loop(progress, loop), cancellation)
         try:
             while (placed := await loop.run_in_executor(worker, _next, answers)) is not None:
                 yield placed[1]

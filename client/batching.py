@@ -113,6 +113,9 @@ def cut(shape: tuple[int, ...], itemsize: int, spec: LayerSpec) -> list[tuple[in
 
 
 def _can_cut(shape: tuple[int, ...], spec: LayerSpec) -> bool:
+    if spec.scheme.nested:
+        # The scales' mean is that of the whole.
+        return False
     if spec.granularity == "tensor":
         # One scale for all: the parts can be told the magnitude of the whole, but not its smallest and largest value.
         return spec.symmetric and len(shape) > 1
@@ -139,8 +142,13 @@ def magnitude(data: npt.NDArray[Any], dtype: str) -> float:
         return float(np.float32(np.maximum(np.abs(data.max()), np.abs(data.min()))))
 
 
-def pack(layers: Iterable[Layer], command: Command) -> Iterator[Request]:
+def pack(layers: Iterable[Layer], command: Command, *, importance: bool = False) -> Iterator[Request]:
     """Layers of one dtype as requests, in order; memory is shared but for small layers that are joined.
+
+    Parameters
+    ----------
+    importance : bool
+        Whether any of the layers may have an importance.
 
     Raises
     ------
@@ -160,36 +168,37 @@ def pack(layers: Iterable[Layer], command: Command) -> Iterator[Request]:
                 ranges = [(0, layer.shape[0])]
         held = sum(held.nbytes for held in pending)
         if pending and (layer.nbytes >= MIN_BYTES or held + layer.nbytes > MAX_BYTES or len(pending) == MAX_ROWS):
-            yield _joined(pending, with_amax)
+            yield _joined(pending, with_amax, importance)
             pending, held = [], 0
         if len(ranges) > 1:
             for first, last in ranges:
-                batch = layers_batch([layer.part(first, last)], [first])
+                batch = layers_batch([layer.part(first, last)], [first], importance=importance)
                 if with_amax:
                     batch = _with_column(batch, "global_amax", pa.array([amax], pa.float32()))
                 yield Request(batch, batch_bytes(batch), _part(first, last, layer.shape, None, spec))
             continue
-        _check_message(layer.name, layer.nbytes)
+        check_message(layer.name, layer.nbytes)
         pending.append(layer)
         if held + layer.nbytes >= MIN_BYTES:
-            yield _joined(pending, with_amax)
+            yield _joined(pending, with_amax, importance)
             pending = []
     if pending:
-        yield _joined(pending, with_amax)
+        yield _joined(pending, with_amax, importance)
 
 
 def _part(first: int, last: int, shape: tuple[int, ...], row_offset: int | None, spec: LayerSpec) -> Part:
     return Part(first, last, shape, row_offset, spec.granularity == "tensor", spec.scheme.whole_scale)
 
 
-def _joined(layers: list[Layer], with_amax: bool) -> Request:
-    batch = layers_batch(layers, [None] * len(layers))
+def _joined(layers: list[Layer], with_amax: bool, importance: bool) -> Request:
+    batch = layers_batch(layers, [None] * len(layers), importance=importance)
     if with_amax:
         batch = _with_column(batch, "global_amax", pa.nulls(len(layers), pa.float32()))
     return Request(batch, sum(layer.nbytes for layer in layers))
 
 
-def _check_message(name: str, nbytes: int) -> None:
+def check_message(name: str, nbytes: int) -> None:
+    """Raise TooLargeError for a layer of more bytes than a message can have."""
     if nbytes > MESSAGE_LIMIT:
         raise TooLargeError(
             f'layer "{name}" has {nbytes} bytes and cannot be sent in parts with this scheme, granularity and shape; '
@@ -233,7 +242,7 @@ def _reslice_batch(batch: pa.RecordBatch, command: Command) -> Iterator[Request]
             begin = row + 1
             continue
         if nbytes > MAX_BYTES:
-            _check_message(str(batch.column("layer_name")[row]), nbytes)
+            check_message(str(batch.column("layer_name")[row]), nbytes)
         held += nbytes
     if begin < batch.num_rows:
         yield Request(batch.slice(begin), held)
@@ -314,6 +323,8 @@ def _row_parts(batch: pa.RecordBatch, row: int, command: Command) -> list[Reques
     given = batch.column("row_offset")[row].as_py()
     width = prod(shape[1:])
     single = batch.slice(row, 1)
+    # Of one axis, each part has its own columns; a wrong length is for the server to refuse, of every part.
+    importance = batch.column("importance")[row].values if "importance" in batch.schema.names else None
     metadata = batch.schema.field("weights").metadata
     array_type = pa.LargeListArray if pa.types.is_large_list(weights.type) else pa.ListArray
     offset_type = np.int64 if pa.types.is_large_list(weights.type) else np.int32
@@ -326,6 +337,9 @@ def _row_parts(batch: pa.RecordBatch, row: int, command: Command) -> list[Reques
         part = _with_column(part, "shape", pa.array([[last - first, *shape[1:]]], batch.schema.field("shape").type))
         part = _with_column(part, "row_offset", pa.array([(given or 0) + first], pa.int64()))
         part = _with_column(part, "global_amax", pa.array([amax], pa.float32()))
+        if len(shape) == 1 and importance is not None and len(importance) == shape[0]:
+            counts = importance[first:last]
+            part = _with_column(part, "importance", pa.array([counts.to_numpy()], pa.list_(pa.float32())))
         described = _part(first, last, shape, given, spec)
         parts.append(Request(part.cast(batch.schema), size * itemsize, described))
     return parts

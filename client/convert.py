@@ -25,11 +25,11 @@ class Selection(Mapping[str, Layer]):
     """Some layers of a source: a mapping that loads each when asked for, and gives its memory up after it."""
 
     def __init__(self, source: Source, names: Collection[str]) -> None:
-        self.source = source
+        self._source = source
         self._names = dict.fromkeys(name for name in source.tensors if name in names)
 
     def __getitem__(self, name: str) -> Layer:
-        return self.source[name]
+        return self._source[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -37,9 +37,13 @@ class Selection(Mapping[str, Layer]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def release(self, name: str, first: int = 0, last: int | None = None) -> None:
+        """Give up the memory of a layer's bytes from ``first`` to ``last``."""
+        self._source.release(name, first, last)
+
     def items(self) -> Any:
         """Names and layers, in the source's order."""
-        return ((layer.name, layer) for layer in self.source.layers(self._names))
+        return ((layer.name, layer) for layer in self._source.layers(self._names))
 
 
 Quantize = Callable[[Selection, Command], Iterator[pa.RecordBatch]]

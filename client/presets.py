@@ -11,7 +11,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "vllm-fp8": {"target": "compressed-tensors", "scheme": "fp8_e4m3", "activations": "dynamic"},
     "vllm-nvfp4": {"target": "compressed-tensors", "scheme": "nvfp4"},
     "gguf-q4_k_m": {"target": "gguf", "scheme": "q4_k", "mixture": "q4_k_m"},
-    "qlora-nf4": {"target": "bitsandbytes", "scheme": "nf4", "group_size": 64},
+    "qlora-nf4": {"target": "bitsandbytes", "scheme": "nf4", "group_size": 64, "packing": "bnb-nested"},
     "edge": {"target": "compressed-tensors", "scheme": "int2", "group_size": 256},
     "local": {"target": "compressed-tensors", "scheme": "int4", "group_size": 128},
     "cloud": {"target": "compressed-tensors", "scheme": "int8", "group_size": 64},

@@ -27,8 +27,29 @@ FOLDERS = ("compressed-tensors", "bitsandbytes")
 _PACKED = (".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight.absmax", ".qweight")
 """What stands beside or for a weight in the files that quantizers write."""
 _OPTIONS = tuple(name for name in Command.__dataclass_fields__ if name not in ("op", "on_error", "metrics"))
-_RULE_KEYS = ("match", "keep", "min_rows", "min_columns", "max_rows", "max_columns", "bit_width", *_OPTIONS)
-_RECIPE_KEYS = ("preset", "target", "keep", "default_keep", "rules", "mixture", "activations", "bit_width", *_OPTIONS)
+_RULE_KEYS = (
+    "match",
+    "keep",
+    "min_rows",
+    "min_columns",
+    "max_rows",
+    "max_columns",
+    "bit_width",
+    "double_quant",
+    *_OPTIONS,
+)
+_RECIPE_KEYS = (
+    "preset",
+    "target",
+    "keep",
+    "default_keep",
+    "rules",
+    "mixture",
+    "activations",
+    "bit_width",
+    "double_quant",
+    *_OPTIONS,
+)
 
 
 def module_of(name: str) -> str:
@@ -101,7 +122,7 @@ class Recipe:
         _check_keys(given, _RECIPE_KEYS, "the recipe")
         if "preset" in given:
             given = {**preset(given["preset"]), **{key: value for key, value in given.items() if key != "preset"}}
-        options = {key: value for key, value in given.items() if key in (*_OPTIONS, "bit_width")}
+        options = {key: value for key, value in given.items() if key in (*_OPTIONS, "bit_width", "double_quant")}
         command = Command.build(**options)
         target = _one_of(given, "target", TARGETS)
         rules = given.get("rules", [])
@@ -226,7 +247,7 @@ def _rule(given: Any, options: Mapping[str, Any]) -> Rule:
     patterns = _patterns(given, "match")
     if not patterns:
         raise _wrong("match", given, "patterns of layers")
-    changed = {key: value for key, value in given.items() if key in (*_OPTIONS, "bit_width")}
+    changed = {key: value for key, value in given.items() if key in (*_OPTIONS, "bit_width", "double_quant")}
     keep = _typed(given, "keep", bool, False)
     if keep and changed:
         raise InvalidRequestError(f'the rule for "{patterns[0]}" keeps its layers and has a {min(changed)} as well')

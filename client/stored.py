@@ -18,10 +18,10 @@ from flightquant.client.compressed import FLOAT8
 from flightquant.client.safetensors import FLOATS, STORAGE
 from flightquant.client.sources import Source, Tensor, TensorMeta, place
 from flightquant.errors import InvalidRequestError
-from flightquant.reference import dequantize, dequantize_matrix, matrix_shape, packed_bytes, scale_count
+from flightquant.reference import dequantize, dequantize_matrix, dynamic8, matrix_shape, packed_bytes, scale_count
 from flightquant.reference.integer import unpack
 from flightquant.reference.numeric import F32, widen
-from flightquant.spec import SCHEMES, Command, LayerSpec
+from flightquant.spec import NESTED, SCHEMES, Command, LayerSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,22 +217,32 @@ def _float8(source: Source, name: str) -> StoredLayer:
 
 def _bitsandbytes(source: Source, name: str) -> StoredLayer:
     state_name = next((each for each in source.tensors if each.startswith(f"{name}.{STATE}")), None)
-    if state_name is None or f"{name}.nested_absmax" in source.tensors:
-        raise _misfit(source, name, "has no plain quant_state; double quantization cannot be read here")
+    nested = f"{name}.nested_absmax" in source.tensors
+    if state_name is None:
+        raise _misfit(source, name, "has no quant_state")
     try:
         state = json.loads(bytes(source.load(state_name).data))
-        spec = Command.build(scheme=state["quant_type"], group_size=state["blocksize"]).layer_spec()
+        packing = NESTED if nested else None
+        spec = Command.build(scheme=state["quant_type"], group_size=state["blocksize"], packing=packing).layer_spec()
         shape = tuple(int(extent) for extent in state["shape"])
+        offset = np.array([state["nested_offset"] if nested else 0], np.float32)
+        known = not nested or state["nested_blocksize"] == dynamic8.NESTED_BLOCK
     except (ValueError, KeyError, TypeError):
         raise _misfit(source, state_name, "is no quant_state") from None
     rows, cols = matrix_shape(shape)
-    if source.tensors[name].nbytes != packed_bytes(spec, rows, cols):
+    bytes_of = (name, f"{name}.absmax") if nested else (name,)
+    floats = f"{name}.nested_absmax" if nested else f"{name}.absmax"
+    given = sum(source.tensors[each].nbytes for each in bytes_of)
+    counted = _count(source, floats) + nested == scale_count(spec, rows, cols)
+    if not (known and counted) or given != packed_bytes(spec, rows, cols):
         raise _misfit(source, name, f"does not fit {spec.scheme.name} of shape {list(shape)}")
-    parts = (name, f"{name}.absmax", f"{name}.quant_map", state_name)
+    more = (floats, f"{name}.nested_quant_map") if nested else ()
+    parts = (name, f"{name}.absmax", f"{name}.quant_map", state_name, *more)
 
     def weights() -> F32:
-        data = np.frombuffer(source.load(name).data, np.uint8)
-        return dequantize_matrix(data, _array(source, f"{name}.absmax"), None, spec, rows, cols)
+        data = np.concatenate([np.frombuffer(source.load(each).data, np.uint8) for each in bytes_of])
+        scales = _array(source, floats)
+        return dequantize_matrix(data, np.append(scales, offset) if nested else scales, None, spec, rows, cols)
 
     return StoredLayer(name, shape, spec.scheme.name, parts, weights)
 
@@ -262,8 +272,8 @@ class AnswerSource(Source):
         self._held: Iterator[tuple[str, F32]] = iter(())
 
     def _all(self) -> Iterator[tuple[str, F32]]:
-        columns = ["layer_name", "shape", "status", "error", "scheme", "group_size", "quantized_data", "scales",
-                   "zero_points", "row_offset"]  # fmt: skip
+        columns = ["layer_name", "shape", "status", "error", "scheme", "packing", "bit_width", "group_size",
+                   "quantized_data", "scales", "zero_points", "row_offset"]  # fmt: skip
         for batch in self._rows(columns):
             yield from dequantize(batch).items()
 

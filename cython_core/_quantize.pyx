@@ -22,6 +22,7 @@ cdef extern from "fq.h" nogil:
         FQ_GPTQ
         FQ_GPTQ_V2
         FQ_AWQ
+        FQ_NESTED
     enum fq_dtype:
         FQ_F32
         FQ_F16
@@ -49,13 +50,16 @@ cdef extern from "fq.h" nogil:
         FQ_NVFP4
         FQ_ARROWQUANT
         FQ_MLX
+        FQ_BNB8
     ctypedef struct fq_job:
         const void *weights
         uint8_t *data
         float *scales
         float *zeros
+        const float *importance
         int64_t n, unit, cols, row_bytes
         uint8_t *packed
+        float *outer
         int32_t packing
         int32_t family, dtype, arithmetic, scale_dtype, bits, symmetric, shared_scale, in_blocks, given_scales, measure
     ctypedef struct fq_range:
@@ -72,6 +76,8 @@ cdef extern from "fq.h" nogil:
             const fq_job *job, const fq_range *ranges, int64_t count, float *scales, float *zeros) noexcept nogil
         void (*quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) noexcept nogil
         void (*repack)(const fq_job *job, int64_t row, int64_t end) noexcept nogil
+        void (*nest)(const fq_job *job) noexcept nogil
+        void (*restore)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) noexcept nogil
     const fq_kernels *fq_find(const char *name)
     const char *fq_available(int i)
 
@@ -105,14 +111,17 @@ FAMILIES = {
     **{f"int{bits}": FQ_INTEGER for bits in range(2, 9)},
     "fp8_e4m3": FQ_FP8_E4M3, "fp8_e5m2": FQ_FP8_E5M2,
     "q8_0": FQ_Q8_0, "q4_0": FQ_Q4_0, "q4_1": FQ_Q4_1, "q5_0": FQ_Q5_0, "q5_1": FQ_Q5_1,
-    "nf4": FQ_NF4, "fp4": FQ_FP4,
+    "nf4": FQ_NF4, "fp4": FQ_FP4, "bnb8": FQ_BNB8,
     "q2_k": FQ_Q2_K, "q3_k": FQ_Q3_K, "q4_k": FQ_Q4_K, "q5_k": FQ_Q5_K, "q6_k": FQ_Q6_K, "iq4_nl": FQ_IQ4_NL,
     "mxfp4": FQ_MXFP4, "mxfp8": FQ_MXFP8, "nvfp4": FQ_NVFP4,
     "arrowquant": FQ_ARROWQUANT, "mlx": FQ_MLX,
 }
 
-PACKINGS = {"gptq": FQ_GPTQ, "gptq-v2": FQ_GPTQ_V2, "awq": FQ_AWQ}
-"""Layouts that packed integers are turned into at the end; all others are packed as they are made."""
+PACKINGS = {"gptq": FQ_GPTQ, "gptq-v2": FQ_GPTQ_V2, "awq": FQ_AWQ, "bnb-nested": FQ_NESTED}
+"""Layouts that are made of packed integers, or of scales, at the end; all others are packed as they are made."""
+
+cdef enum:
+    NESTED_BLOCK = 256
 
 SPEC_FIELDS = (
     "family", "dtype", "arithmetic", "scale_dtype", "bits", "symmetric", "shared_scale", "group_size", "block_bytes",
@@ -122,7 +131,7 @@ SPEC_FIELDS = (
 
 cdef enum:  # columns of a job matrix
     WEIGHTS, DATA, SCALES, ZEROS, N, UNIT, COLS, ROW_BYTES, FAMILY, DTYPE, ARITHMETIC, SCALE_DTYPE, BITS, SYMMETRIC
-    SHARED_SCALE, IN_BLOCKS, DATA_BYTES, SCALE_COUNT, PACKING, SCRATCH, JOB_COLUMNS
+    SHARED_SCALE, IN_BLOCKS, DATA_BYTES, SCALE_COUNT, PACKING, SCRATCH, IMPORTANCE, JOB_COLUMNS
 
 JOB_WIDTH = JOB_COLUMNS
 
@@ -132,6 +141,7 @@ def lay_out(
     const int64_t[::1] spec_of_row,
     const int64_t[::1] starts,
     const int64_t[::1] lengths,
+    const int64_t[::1] importance,
     const int64_t[:, ::1] matrix,
     const uint8_t[::1] failed,
     int64_t[:, ::1] jobs,
@@ -148,6 +158,8 @@ def lay_out(
         Index into ``specs``.
     starts, lengths : int64 array of shape (rows,)
         Address and number of the weights.
+    importance : int64 array of shape (rows,)
+        Address of a float32 for each column, what its errors count in searches; 0 for none.
     matrix : int64 array of shape (rows, 2)
         Rows and columns of each tensor; the columns are a multiple of the group size, except with a flat scheme.
     failed : uint8 array of shape (rows,)
@@ -163,10 +175,10 @@ def lay_out(
     Returns
     -------
     tuple of int
-        Number of jobs, and bytes of memory for what is packed a second time.
+        Number of jobs, bytes of memory for what is packed a second time, and the sum of ``bytes_out``.
     """
     cdef Py_ssize_t count = 0, i
-    cdef int64_t scratch = 0
+    cdef int64_t scratch = 0, total = 0
     cdef int64_t group_size, block_bytes, data, scales, zeros, unit
     cdef const int64_t[:] spec
     cdef int64_t[:] job
@@ -177,7 +189,7 @@ def lay_out(
             spec, job = specs[spec_of_row[i]], jobs[count]
             group_size, block_bytes = spec[7], spec[8]
             job[WEIGHTS], job[N], job[COLS] = starts[i], lengths[i], matrix[i, 1]
-            job[IN_BLOCKS] = spec[10]
+            job[IMPORTANCE], job[IN_BLOCKS] = importance[i], spec[10]
             # Units are whole vectors, two groups of 16 at a time: those of a row of an odd number join the next row's.
             job[UNIT] = max(group_size, 32) if group_size else matrix[i, 1]
             job[FAMILY], job[DTYPE], job[ARITHMETIC], job[SCALE_DTYPE] = spec[0], spec[1], spec[2], spec[3]
@@ -200,7 +212,11 @@ def lay_out(
             if not job[SYMMETRIC]:
                 zeros = scales
             job[PACKING], job[SCRATCH] = spec[12], scratch
-            if job[PACKING] != FQ_AS_PACKED:
+            if job[PACKING] == FQ_NESTED:
+                scratch += scales * 4
+                data += scales
+                scales = (scales + NESTED_BLOCK - 1) // NESTED_BLOCK + 1
+            elif job[PACKING] != FQ_AS_PACKED:
                 scratch += data
                 data += scales * job[BITS] // 8
             job[DATA] = offsets[0, i]
@@ -213,7 +229,8 @@ def lay_out(
         offsets[1, i + 1] = offsets[1, i] + scales
         offsets[2, i + 1] = offsets[2, i] + zeros
         bytes_out[i] = data + 4 * (scales + zeros)
-    return count, scratch
+        total += bytes_out[i]
+    return count, scratch, total
 
 
 def pin_team(cpus):
@@ -291,20 +308,24 @@ cdef struct Tile:
 cdef class Plan:
     """Jobs cut into tiles; every step may run with any number of threads and gives the same bits.
 
-    Call ``reduce`` over all of ``reduce_tiles``, then ``parameters``, then ``quantize`` over all of ``tiles`` (both in
-    any slices), then ``finish``. ``owner`` keeps the memory behind every address for as long as the plan lives: a
-    caller that is interrupted may be gone before the kernels are.
+    Call ``reduce`` over all of ``reduce_tiles``, then ``parameters``, then ``quantize`` over all of ``tiles``, ``nest``
+    over all of ``nested`` and ``compare`` over all of ``compared`` (each in any slices), then ``finish``. ``owner``
+    keeps the memory behind every address for as long as the plan lives: a caller that is interrupted may be gone before
+    the kernels are.
     """
 
     cdef readonly int64_t tiles
     cdef readonly int64_t reduce_tiles
     cdef readonly int64_t repack_tiles
+    cdef readonly int64_t nested
+    cdef readonly int64_t compared
     cdef const fq_kernels *_kernels
     cdef fq_job *_jobs
     cdef Tile *_tiles
     cdef Tile *_reduce_tiles
     cdef Tile *_repack_tiles
     cdef int64_t *_repack_ns
+    cdef int64_t *_nest_ns
     cdef fq_result *_results
     cdef fq_result *_reduced
     cdef const int64_t[:, ::1] _matrix
@@ -348,7 +369,8 @@ cdef class Plan:
         self._matrix = jobs
         self._n_jobs = jobs.shape[0]
         self._jobs = <fq_job *>calloc(max(self._n_jobs, 1), sizeof(fq_job))
-        if self._jobs == NULL:
+        self._nest_ns = <int64_t *>calloc(max(self._n_jobs, 1), sizeof(int64_t))
+        if self._jobs == NULL or self._nest_ns == NULL:
             raise MemoryError()
         self._given_amax = given_amax
         self._owner = owner
@@ -356,6 +378,7 @@ cdef class Plan:
         for i in range(self._n_jobs):
             self._fill_job(i, measure, data, scales, zeros, scratch)
         self._cut_tiles()
+        self.compared = self.tiles if self.nested and measure else 0
 
     cdef void _fill_job(
         self, int64_t i, bint measure, uintptr_t data, uintptr_t scales, uintptr_t zeros, uintptr_t scratch
@@ -363,9 +386,10 @@ cdef class Plan:
         cdef fq_job *job = &self._jobs[i]
         cdef const int64_t *row = &self._matrix[i, 0]
         job.weights = <const void *><uintptr_t>row[WEIGHTS]
+        job.importance = <const float *><uintptr_t>row[IMPORTANCE]
         job.data = <uint8_t *>(data + <uintptr_t>row[DATA])
         job.packing = row[PACKING]
-        if job.packing != FQ_AS_PACKED:
+        if job.packing not in (FQ_AS_PACKED, FQ_NESTED):
             job.packed, job.data = job.data, <uint8_t *>(scratch + <uintptr_t>row[SCRATCH])
         job.scales = <float *>(scales + <uintptr_t>row[SCALES]) if row[SCALES] >= 0 else NULL
         job.zeros = <float *>(zeros + <uintptr_t>row[ZEROS]) if row[ZEROS] >= 0 else NULL
@@ -373,6 +397,11 @@ cdef class Plan:
         job.family, job.dtype, job.arithmetic = row[FAMILY], row[DTYPE], row[ARITHMETIC]
         job.scale_dtype, job.bits, job.symmetric = row[SCALE_DTYPE], row[BITS], row[SYMMETRIC]
         job.shared_scale, job.in_blocks, job.measure = row[SHARED_SCALE], row[IN_BLOCKS], measure
+        if job.packing == FQ_NESTED:
+            # Its weights are measured at the end, with the scales that remain.
+            job.packed, job.outer, job.measure = job.data + (job.n + 1) // 2, job.scales, 0
+            job.scales = <float *>(scratch + <uintptr_t>row[SCRATCH])
+            self.nested = self._n_jobs
 
     cdef int _cut_tiles(self) except -1:
         cdef int64_t i, count = 0, reduced = 0
@@ -438,7 +467,7 @@ cdef class Plan:
         """The same of a job that is packed a second time, in rows."""
         cdef const fq_job *job = &self._jobs[i]
         cdef int64_t begin = 0, count = 0, rows = job.n // job.cols
-        if job.packing == FQ_AS_PACKED:
+        if job.packing in (FQ_AS_PACKED, FQ_NESTED):
             return 0
         while begin < rows:
             if to != NULL:
@@ -456,6 +485,7 @@ cdef class Plan:
         free(self._reduced)
         free(self._repack_tiles)
         free(self._repack_ns)
+        free(self._nest_ns)
 
     def reduce(self, int64_t first, int64_t last, int n_threads):
         """Ranges of the tiles from ``first`` up to ``last`` of those whose scale covers more than one tile."""
@@ -471,6 +501,31 @@ cdef class Plan:
         cdef Tile *tile = &self._reduce_tiles[i]
         self._kernels.reduce(&self._jobs[tile.job], tile.begin, tile.end, &self._reduced[i])
         self._reduced[i].nanoseconds = now() - start
+
+    def magnitudes(self, float[::1] amax, int64_t[::1] first_bad, int64_t[::1] nanoseconds):
+        """The largest magnitude of each job, all of which are symmetric with one scale, after ``reduce``.
+
+        Parameters
+        ----------
+        amax : float32 array of shape (jobs,), written
+        first_bad, nanoseconds : int64 array of shape (jobs,), written
+            As of ``finish``.
+        """
+        cdef int64_t i, j
+        cdef fq_range range_
+        cdef fq_result *part
+        if amax.shape[0] != self._n_jobs or first_bad.shape[0] != self._n_jobs or nanoseconds.shape[0] != self._n_jobs:
+            raise ValueError(f"expected outputs of {self._n_jobs} values")
+        for j in range(self._n_jobs):
+            amax[j], first_bad[j], nanoseconds[j] = 0, -1, 0
+        for i in range(self.reduce_tiles):
+            part, j = &self._reduced[i], self._reduce_tiles[i].job
+            memcpy(&range_.high, &amax[j], sizeof(float))
+            range_.high = max(range_.high, part.range.high)
+            memcpy(&amax[j], &range_.high, sizeof(float))
+            if first_bad[j] < 0:
+                first_bad[j] = part.first_bad
+            nanoseconds[j] += part.nanoseconds
 
     def parameters(self):
         """Scales and zero points of the reduced jobs, from the ranges of their tiles; the whole tensor's of nvfp4."""
@@ -546,6 +601,37 @@ cdef class Plan:
         self._kernels.repack(&self._jobs[tile.job], tile.begin, tile.end)
         self._repack_ns[i] = now() - start
 
+    def nest(self, int64_t first, int64_t last, int n_threads):
+        """Quantize the scales of those jobs from ``first`` up to ``last`` whose scales are quantized too."""
+        cdef int64_t i
+        if not 0 <= first <= last <= self.nested:
+            raise IndexError(f"jobs {first} to {last} of {self.nested}")
+        with nogil:
+            for i in prange(first, last, num_threads=n_threads, schedule="dynamic", chunksize=1):
+                if self._jobs[i].packing == FQ_NESTED:
+                    self._nest_one(i)
+
+    cdef void _nest_one(self, int64_t i) noexcept nogil:
+        cdef int64_t start = now()
+        self._kernels.nest(&self._jobs[i])
+        self._nest_ns[i] = now() - start
+
+    def compare(self, int64_t first, int64_t last, int n_threads):
+        """Measure the weights of these jobs, for the tiles from ``first`` up to ``last``."""
+        cdef int64_t i
+        if not 0 <= first <= last <= self.compared:
+            raise IndexError(f"tiles {first} to {last} of {self.compared}")
+        with nogil:
+            for i in prange(first, last, num_threads=n_threads, schedule="dynamic", chunksize=1):
+                if self._jobs[self._tiles[i].job].packing == FQ_NESTED:
+                    self._compare_one(i)
+
+    cdef void _compare_one(self, int64_t i) noexcept nogil:
+        cdef int64_t start = now()
+        cdef Tile *tile = &self._tiles[i]
+        self._kernels.restore(&self._jobs[tile.job], tile.begin, tile.end, &self._results[i])
+        self._results[i].nanoseconds += now() - start
+
     def finish(
         self, double[:, ::1] sums, int64_t[::1] first_bad, int64_t[::1] unheld, int64_t[::1] nanoseconds
     ):
@@ -561,17 +647,22 @@ cdef class Plan:
             Index of the first zero point that the packing cannot hold, or -1.
         nanoseconds : int64 array of shape (jobs,), written
             Time that threads spent on the job.
+
+        Returns
+        -------
+        tuple of int
+            Number of jobs that failed, and the sum of ``nanoseconds``.
         """
         if sums.shape[0] < self._n_jobs or sums.shape[1] != 4:
             raise ValueError("sums has another shape than (jobs, 4)")
         if first_bad.shape[0] < self._n_jobs or unheld.shape[0] < self._n_jobs or nanoseconds.shape[0] < self._n_jobs:
             raise ValueError("an output is shorter than the jobs")
-        cdef int64_t i, j
+        cdef int64_t i, j, failed = 0, spent = 0
         cdef fq_result *part
         for j in range(self._n_jobs):
             sums[j, 0] = sums[j, 1] = sums[j, 2] = sums[j, 3] = 0
             first_bad[j] = -1
-            nanoseconds[j] = 0
+            nanoseconds[j] = self._nest_ns[j]
         for i in range(self.reduce_tiles):
             nanoseconds[self._reduce_tiles[i].job] += self._reduced[i].nanoseconds
         for i in range(self.tiles):
@@ -592,8 +683,11 @@ cdef class Plan:
                 first_bad[j] = part.first_bad
         for j in range(self._n_jobs):
             unheld[j] = self._first_unheld(j)
+            spent += nanoseconds[j]
             if first_bad[j] >= 0 or unheld[j] >= 0:
+                failed += 1
                 self._clear(j)
+        return failed, spent
 
     cdef int64_t _first_unheld(self, int64_t j) noexcept:
         """GPTQ's first version stores zero points, counted from the lowest code up, less 1: the lowest has no place."""
@@ -608,9 +702,11 @@ cdef class Plan:
     cdef void _clear(self, int64_t j) noexcept:
         """What a refused layer leaves must hold nothing of it, nor of the memory's last user."""
         cdef int64_t count = self._matrix[j, SCALE_COUNT]
-        cdef uint8_t *data = self._jobs[j].data if self._jobs[j].packed == NULL else self._jobs[j].packed
+        cdef fq_job *job = &self._jobs[j]
+        cdef uint8_t *data = job.packed if job.packed != NULL and job.packing != FQ_NESTED else job.data
+        cdef float *scales = job.outer if job.outer != NULL else job.scales
         memset(data, 0, self._matrix[j, DATA_BYTES])
-        if self._jobs[j].scales != NULL:
-            memset(self._jobs[j].scales, 0, count * sizeof(float))
+        if scales != NULL:
+            memset(scales, 0, count * sizeof(float))
         if self._jobs[j].zeros != NULL:
             memset(self._jobs[j].zeros, 0, count * sizeof(float))

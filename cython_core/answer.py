@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,15 @@ import pyarrow as pa
 
 from flightquant.cython_core._quantize import quality_columns
 from flightquant.cython_core.validate import CheckedBatch
-from flightquant.spec import Command, LayerSpec
+from flightquant.spec import Command
 from flightquant.wire import ANSWER_FIELDS
 
+_FLOAT = pa.float32()
+_FLOATS = pa.list_(_FLOAT)
+_QUALITY = ("sqnr_db", "cosine", "max_abs_error")
+
 if TYPE_CHECKING:
-    from flightquant.cython_core.engine import _Buffer, _Work
+    from flightquant.cython_core.engine import _Work
     from flightquant.cython_core.validate_quantized import CheckedRows
 
 
@@ -35,12 +39,11 @@ def build_answer(
     if checked.failures:
         ok = np.ones(count, bool)
         ok[list(checked.failures)] = False
-    columns: dict[str, pa.Array] = {"layer_name": checked.names, "shape": checked.shapes}
+    columns: dict[str, pa.Array] = {"layer_name": checked.names, "shape": checked.shapes, **_usual_columns(count)}
     if "row_offset" in work.request.columns:
         columns["row_offset"] = batch.column("row_offset")
-    else:
-        columns["row_offset"] = repeated(None, pa.int64(), count)
-    columns |= status_columns(checked, count)
+    if checked.failures:
+        columns |= status_columns(checked, count)
     columns |= _options(work)
     columns |= _outputs(work, ok)
     columns |= _quality(work, ok, command.metrics)
@@ -54,23 +57,54 @@ def _repeat(value: Any, kind: pa.DataType, count: int) -> pa.Array:
     return pa.nulls(count, kind) if value is None else pa.repeat(pa.scalar(value, kind), count)
 
 
-_repeat_short = lru_cache(maxsize=1024)(_repeat)
+def _kept_if_short(make: Callable[..., dict[str, pa.Array]]) -> Callable[..., dict[str, pa.Array]]:
+    """Remember the columns of short batches, by their number of rows and what else is given.
+
+    Most batches are short and like the last. Nobody changes what comes back.
+    """
+    kept = lru_cache(maxsize=256)(make)
+    return lambda count, *options: (kept if count <= 64 else make)(count, *options)
 
 
-def repeated(value: Any, kind: pa.DataType, count: int) -> pa.Array:
-    """A column of one value. Most batches are short and like the last, so that short columns are kept."""
-    return (_repeat_short if count <= 64 else _repeat)(value, kind, count)
+@_kept_if_short
+def _usual_columns(count: int) -> dict[str, pa.Array]:
+    """Columns of a batch without failures, row offsets, scales, zero points and quality."""
+    return {
+        "row_offset": _repeat(None, pa.int64(), count),
+        "status": _repeat("ok", pa.utf8(), count),
+        "error": _repeat(None, pa.utf8(), count),
+        "scales": _repeat(None, _FLOATS, count),
+        "zero_points": _repeat(None, _FLOATS, count),
+        **{name: _repeat(None, pa.float32(), count) for name in _QUALITY},
+        "bytes_copied": _repeat(0, pa.int64(), count),
+    }
 
 
-def _plain(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
-    """A column around an array's memory."""
-    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)], 0)
+@_kept_if_short
+def _same_options(
+    count: int, scheme: str, packing: str, bit_width: int, group_size: int | None, scale_dtype: str | None
+) -> dict[str, pa.Array]:
+    """The options of a batch whose rows all have the same."""
+    return {
+        "scheme": _repeat(scheme, pa.utf8(), count),
+        "packing": _repeat(packing, pa.utf8(), count),
+        "bit_width": _repeat(bit_width, pa.uint8(), count),
+        "group_size": _repeat(group_size, pa.int32(), count),
+        "scale_dtype": _repeat(scale_dtype, pa.utf8(), count),
+    }
+
+
+def _columns_around(values: npt.NDArray[Any], kind: pa.DataType, names: Sequence[str]) -> dict[str, pa.Array]:
+    """Columns around the memory of an array of shape (columns, rows)."""
+    memory, count = pa.py_buffer(values), values.shape[1]
+    return {name: pa.Array.from_buffers(kind, count, [None, memory], 0, i * count) for i, name in enumerate(names)}
 
 
 def status_columns(checked: CheckedBatch | CheckedRows, count: int) -> dict[str, pa.Array]:
     """The columns ``status`` and ``error`` of a batch whose failures are known."""
     if not checked.failures:
-        return {"status": repeated("ok", pa.utf8(), count), "error": repeated(None, pa.utf8(), count)}
+        usual = _usual_columns(count)
+        return {"status": usual["status"], "error": usual["error"]}
     status: list[str] = ["ok"] * count
     error: list[str | None] = [None] * count
     for i, (code, text) in checked.failures.items():
@@ -81,62 +115,46 @@ def status_columns(checked: CheckedBatch | CheckedRows, count: int) -> dict[str,
 def _options(work: _Work) -> dict[str, pa.Array]:
     """What was really used, row by row: one value for each distinct spec, spread over the rows."""
     dtype = work.request.dtype
-    values: dict[str, tuple[pa.DataType, list[Any]]] = {
-        "scheme": (pa.utf8(), [spec.scheme.name for spec in work.specs]),
-        "packing": (pa.utf8(), [spec.scheme.packing for spec in work.specs]),
-        "bit_width": (pa.uint8(), [spec.scheme.bits for spec in work.specs]),
-        "group_size": (pa.int32(), [spec.group_size for spec in work.specs]),
-        "scale_dtype": (pa.utf8(), [spec.scale_dtype_for(dtype) for spec in work.specs]),
-    }
-    count = len(work.spec_of_row)
-    if len(work.specs) == 1:
-        return {name: repeated(each[0], kind, count) for name, (kind, each) in values.items()}
+    used = [
+        (spec.scheme.name, spec.scheme.packing, spec.scheme.bits, spec.group_size, spec.scale_dtype_for(dtype))
+        for spec in work.specs
+    ]
+    if len(used) == 1:
+        return _same_options(len(work.spec_of_row), *used[0])
     rows = pa.array(work.spec_of_row)
-    return {name: pa.array(each, kind).take(rows) for name, (kind, each) in values.items()}
+    each = [_same_options(1, *options) for options in used]
+    return {name: pa.concat_arrays([columns[name] for columns in each]).take(rows) for name in each[0]}
 
 
 def _outputs(work: _Work, ok: npt.NDArray[np.bool_] | None) -> dict[str, pa.Array]:
-    floats = pa.list_(pa.float32())
-
-    def floats_where(buffer: _Buffer, has: Callable[[LayerSpec], bool]) -> pa.Array:
-        """The memory as lists; null in rows that failed and in those whose spec has no such thing."""
-        having = [has(spec) for spec in work.specs]
+    columns = {"quantized_data": work.data.as_lists(pa.binary(), None, ok)}
+    has_scales = [not spec.scheme.block_bytes for spec in work.specs]
+    has_zeros = [not spec.symmetric for spec in work.specs]
+    for name, buffer, having in (("scales", work.scales, has_scales), ("zero_points", work.zeros, has_zeros)):
         if not any(having):
-            return repeated(None, floats, len(work.spec_of_row))
+            continue
+        # Null in rows that failed and in those whose spec has no such thing.
         valid = ok
         if not all(having):
             mine = np.array(having)[work.spec_of_row]
             valid = mine if ok is None else mine & ok
-        return buffer.as_lists(floats, pa.float32(), valid)
-
-    return {
-        "quantized_data": work.data.as_lists(pa.binary(), None, ok),
-        "scales": floats_where(work.scales, lambda spec: not spec.scheme.block_bytes),
-        "zero_points": floats_where(work.zeros, lambda spec: not spec.symmetric),
-    }
+        columns[name] = buffer.as_lists(_FLOATS, _FLOAT, valid)
+    return columns
 
 
 def _quality(work: _Work, ok: npt.NDArray[np.bool_] | None, metrics: bool) -> dict[str, pa.Array]:
-    names = ("sqnr_db", "cosine", "max_abs_error")
-    count = len(work.spec_of_row)
     if not metrics:
-        return {name: repeated(None, pa.float32(), count) for name in names}
-    columns = [np.empty(count, np.float32) for _ in names]
-    quality_columns(work.row_sums, *columns)
+        return {}
+    values = np.empty((len(_QUALITY), len(work.spec_of_row)), np.float32)
+    quality_columns(work.row_sums, *values)
     if ok is None:
-        return {name: _plain(column, pa.float32()) for name, column in zip(names, columns, strict=True)}
-    return {name: pa.array(column, pa.float32(), mask=~ok) for name, column in zip(names, columns, strict=True)}
+        return _columns_around(values, _FLOAT, _QUALITY)
+    return {name: pa.array(column, _FLOAT, mask=~ok) for name, column in zip(_QUALITY, values, strict=True)}
 
 
 def _cost(checked: CheckedBatch, work: _Work) -> dict[str, pa.Array]:
-    count = len(work.spec_of_row)
-    kernel_ns = work.nanoseconds
-    if len(work.rows) != count:
-        kernel_ns = np.zeros(count, np.int64)
-        kernel_ns[work.rows] = work.nanoseconds
-    return {
-        "kernel_ns": _plain(kernel_ns, pa.int64()),
-        "bytes_in": _plain(checked.lengths * work.request.value_bytes, pa.int64()),
-        "bytes_out": _plain(work.bytes_out, pa.int64()),
-        "bytes_copied": repeated(0, pa.int64(), count),
-    }
+    values = np.zeros((3, len(work.spec_of_row)), np.int64)
+    values[0, work.rows] = work.nanoseconds
+    np.multiply(checked.lengths, work.request.value_bytes, out=values[1])
+    values[2] = work.bytes_out
+    return _columns_around(values, pa.int64(), ("kernel_ns", "bytes_in", "bytes_out"))

@@ -32,6 +32,7 @@ from flightquant.cython_core.validate import (
     check_batch,
     checked_layers,
     read_global_amax,
+    read_importance,
     read_overrides,
 )
 from flightquant.errors import DeadlineError, InvalidRequestError, LayerError, TooLargeError, clip_text
@@ -139,6 +140,8 @@ class Engine:
         plan.parameters()
         self.in_slices(plan.quantize, plan.tiles, should_stop, seconds)
         self.in_slices(plan.repack, plan.repack_tiles, should_stop, seconds)
+        self.in_slices(plan.nest, plan.nested, should_stop, seconds)
+        self.in_slices(plan.compare, plan.compared, should_stop, seconds)
         return seconds
 
     def in_slices(
@@ -239,17 +242,18 @@ class Session:
         if work.rows.size:
             plan = work.plan(self._engine.isa, self._command.metrics)
             seconds |= self._engine.run(plan, should_stop)
-            plan.finish(work.sums, work.first_bad, work.unheld, work.nanoseconds)
-            work.note_failures()
-            self._abort_on(checked)
+            failed, work.kernel_ns = plan.finish(work.sums, work.first_bad, work.unheld, work.nanoseconds)
+            if failed:
+                work.note_failures()
+                self._abort_on(checked)
         answer = build_answer(batch, checked, work, self._command, self.schema)
-        return Answer(answer, work.row_sums, seconds, answer, self._add_up(work))
+        return Answer(answer, work.row_sums, seconds, answer, self._add_up(checked, work.total_out, work.kernel_ns))
 
     def _check_call_bytes(self, checked: CheckedBatch) -> None:
         limit = self._limits.max_call_bytes
         if limit is None:
             return
-        total = self.end.bytes_in + int(checked.lengths.sum()) * self._request.value_bytes
+        total = self.end.bytes_in + checked.total * self._request.value_bytes
         if total > limit:
             raise TooLargeError(
                 f"the call has sent {total} bytes of weights; expected at most {limit}",
@@ -265,15 +269,14 @@ class Session:
             name = clip_text(checked.names[row].as_py(), 200)
             raise LayerError(status, f'layer "{name}" (row {self.end.rows + row}): {status}: {text}', got=status)
 
-    def _add_up(self, work: _Work) -> EndMessage:
+    def _add_up(self, checked: CheckedBatch, bytes_out: int, kernel_ns: int) -> EndMessage:
         """The totals of a batch, which also join those of the call."""
-        checked = work.checked
         batch = EndMessage(
             rows=len(checked.lengths),
             batches=1,
-            bytes_in=int(checked.lengths.sum()) * self.value_bytes,
-            bytes_out=int(work.bytes_out.sum()),
-            kernel_ns=int(work.nanoseconds.sum()),
+            bytes_in=checked.total * self.value_bytes,
+            bytes_out=bytes_out,
+            kernel_ns=kernel_ns,
             failed_rows=len(checked.failures),
         )
         self.end.add(batch)
@@ -293,6 +296,7 @@ class _Work:
         self.specs: list[LayerSpec] = [command.layer_spec()]
         self.spec_of_row = self._resolve(read_overrides(batch, request), command)
         amax = read_global_amax(batch, request, checked.failures)
+        importance, self._importance_holder = read_importance(batch, request, checked)
         self._refuse_uneven()
         count = batch.num_rows
         failed = np.zeros(count, np.uint8)
@@ -302,11 +306,12 @@ class _Work:
         rows = np.empty(count, np.int64)
         offsets = np.empty((3, count + 1), np.int64)
         self.bytes_out = np.empty(count, np.int64)
-        made, scratch = lay_out(
-            _spec_table(tuple(self.specs), request.dtype),
+        made, scratch, self.total_out = lay_out(
+            spec_table(tuple(self.specs), request.dtype),
             self.spec_of_row,
             checked.starts,
             checked.lengths,
+            importance,
             checked.matrix,
             failed,
             jobs,
@@ -321,6 +326,7 @@ class _Work:
         self.first_bad = np.empty(made, np.int64)
         self.unheld = np.empty(made, np.int64)
         self.nanoseconds = np.empty(made, np.int64)
+        self.kernel_ns = 0
         self._scratch = _memory(scratch)
 
     def plan(self, isa: str, measure: bool) -> Plan:
@@ -349,13 +355,13 @@ class _Work:
 
     def _refuse_uneven(self) -> None:
         """A group never crosses a row, so it must divide it, unless groups run over the flat tensor."""
-        sizes = np.array([_row_divisor(spec) for spec in self.specs])[self.spec_of_row]
-        cols = self.checked.matrix[:, 1]
-        uneven = cols % sizes
         self._refuse_part_words()
-        if not uneven.any():
+        divisors = [_row_divisor(spec) for spec in self.specs]
+        if divisors == [1]:
             return
-        for i in np.flatnonzero((cols > 0) & (uneven != 0)):
+        sizes = np.array(divisors)[self.spec_of_row]
+        cols = self.checked.matrix[:, 1]
+        for i in np.flatnonzero((cols > 0) & (cols % sizes != 0)):
             spec = self.specs[self.spec_of_row[i]]
             text = (
                 f"a row of {cols[i]} weights is no multiple of {spec.scheme.name}'s group size {sizes[i]}; expected "
@@ -376,8 +382,6 @@ class _Work:
 
     def note_failures(self) -> None:
         """Turn rows in which the kernels met NaN or infinity, or a zero point without a place, into failures."""
-        if max(self.first_bad.max(initial=-1), self.unheld.max(initial=-1)) < 0:
-            return
         for k in np.flatnonzero(self.first_bad >= 0):
             text = f"weight {self.first_bad[k]} is NaN or infinite as float32; expected finite weights"
             self.checked.failures.setdefault(int(self.rows[k]), ("non_finite", text))
@@ -389,6 +393,7 @@ class _Work:
             self.checked.failures.setdefault(int(self.rows[k]), ("unsupported", text))
         for k in np.flatnonzero((self.first_bad >= 0) | (self.unheld >= 0)):
             self.sums[k] = 0
+            self.total_out -= int(self.bytes_out[self.rows[k]])
             self.bytes_out[self.rows[k]] = 0
 
     @cached_property
@@ -407,7 +412,7 @@ def _row_divisor(spec: LayerSpec) -> int:
 
 
 @lru_cache(maxsize=256)
-def _spec_table(specs: tuple[LayerSpec, ...], dtype: str) -> npt.NDArray[np.int64]:
+def spec_table(specs: tuple[LayerSpec, ...], dtype: str) -> npt.NDArray[np.int64]:
     """The specs as ``lay_out`` takes them, one row of SPEC_FIELDS each."""
     return np.array(
         [

@@ -90,7 +90,7 @@ def restore(
 
 
 def _has_kernel(spec: LayerSpec, isa: str) -> bool:
-    plain = spec.granularity in ("tensor", "channel", "group") and not spec.scheme.transposed
+    plain = spec.granularity in ("tensor", "channel", "group") and not (spec.scheme.transposed or spec.scheme.nested)
     return plain and restores(isa, FAMILIES[spec.scheme.name])
 
 

@@ -91,6 +91,8 @@ class CheckedBatch:
         What keeps the weights' memory alive.
     starts, lengths : int64 array of shape (rows,)
         Address of every row's first weight, and number of weights.
+    total : int
+        Number of weights of all rows.
     matrix : int64 array of shape (rows, 2)
         Rows and columns of every tensor.
     shapes : pa.Array of list<int64>
@@ -103,6 +105,7 @@ class CheckedBatch:
     weights: ListColumn | Sequence[Layer]
     starts: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
+    total: int
     matrix: npt.NDArray[np.int64]
     shapes: pa.Array
     failures: dict[int, tuple[str, str]] = field(default_factory=dict)
@@ -123,12 +126,12 @@ def check_batch(batch: pa.RecordBatch, request: Request, limits: Limits) -> Chec
     names = check_names(batch.column("layer_name"), limits, failures)
     weights = borrow_weights(batch, request.dtype, failures)
     lengths = weights.lengths
-    check_sizes(lengths, request.value_bytes, limits, failures)
+    total = check_sizes(lengths, request.value_bytes, limits, failures)
     starts = weights.address + weights.offsets[:-1] * request.value_bytes
     shapes, matrix = _check_shapes(batch, request, lengths, limits, failures)
     if "row_offset" in request.columns:
         _check_row_offset(batch.column("row_offset"))
-    return CheckedBatch(names, weights, starts, lengths, matrix, shapes, failures)
+    return CheckedBatch(names, weights, starts, lengths, total, matrix, shapes, failures)
 
 
 def check_frame(batch: pa.RecordBatch, schema: pa.Schema, limits: Limits) -> None:
@@ -187,7 +190,7 @@ def checked_layers(layers: Sequence[Layer]) -> tuple[pa.RecordBatch, CheckedBatc
     failures: dict[int, tuple[str, str]] = {}
     check_names(names, _OWN, failures)
     batch = pa.RecordBatch.from_arrays([names], names=["layer_name"])
-    return batch, CheckedBatch(names, layers, starts, lengths, matrix, shapes, failures)
+    return batch, CheckedBatch(names, layers, starts, lengths, int(lengths.sum()), matrix, shapes, failures)
 
 
 _OWN = Limits(max_name_bytes=2**31 - 1)
@@ -246,18 +249,25 @@ def _find_nulls(column: pa.Array, weights: ListColumn, failures: dict[int, tuple
 
 def check_sizes(
     lengths: npt.NDArray[np.int64], value_bytes: int, limits: Limits, failures: dict[int, tuple[str, str]]
-) -> None:
-    """Hold rows of so many weights against the limits: a layer that is too large fails, a batch raises."""
-    total = int(lengths.sum()) * value_bytes
-    if total > limits.max_batch_bytes:
+) -> int:
+    """Hold rows of so many weights against the limits: a layer that is too large fails, a batch raises.
+
+    Returns
+    -------
+    int
+        Number of weights of all rows.
+    """
+    total = int(lengths.sum())
+    nbytes = total * value_bytes
+    if nbytes > limits.max_batch_bytes:
         raise TooLargeError(
-            f"the batch has {total} bytes of weights; expected at most {limits.max_batch_bytes}",
+            f"the batch has {nbytes} bytes of weights; expected at most {limits.max_batch_bytes}",
             field="weights",
-            got=total,
+            got=nbytes,
             expected=limits.max_batch_bytes,
         )
-    if total <= limits.max_layer_bytes:
-        return
+    if nbytes <= limits.max_layer_bytes:
+        return total
     for i in np.flatnonzero(lengths > limits.max_layer_bytes // value_bytes):
         failures.setdefault(
             int(i),
@@ -267,6 +277,7 @@ def check_sizes(
                 f"{limits.max_layer_bytes} (send it in parts with row_offset)",
             ),
         )
+    return total
 
 
 def _check_shapes(
@@ -353,3 +364,43 @@ def read_global_amax(
         failures.setdefault(int(i), ("unsupported", text))
         values[i] = np.nan
     return values
+
+
+def read_importance(
+    batch: pa.RecordBatch, request: Request, checked: CheckedBatch
+) -> tuple[npt.NDArray[np.int64], object]:
+    """Address of every row's importance, 0 where it is null or missing, and what keeps that memory alive.
+
+    One that does not fit its row fails the row.
+    """
+    addresses = np.zeros(batch.num_rows, np.int64)
+    if isinstance(checked.weights, Sequence):
+        for i, layer in enumerate(checked.weights):
+            if layer.importance is not None:
+                _check_importance(i, layer.importance, checked)
+                addresses[i] = layer.importance.ctypes.data
+        return addresses, checked.weights
+    if "importance" not in request.columns:
+        return addresses, None
+    column = batch.column("importance")
+    borrowed = borrow(column, 4, "importance")
+    for i in np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False)).tolist():
+        values = column[i].values
+        if values.null_count:
+            text = f'"importance" of row {i} holds null; expected a number for each column'
+            checked.failures.setdefault(i, ("null_weights", text))
+        else:
+            _check_importance(i, values.to_numpy(zero_copy_only=True), checked)
+            addresses[i] = borrowed.address + borrowed.offsets[i] * 4
+    return addresses, borrowed
+
+
+def _check_importance(row: int, values: npt.NDArray[np.float32], checked: CheckedBatch) -> None:
+    """One finite number of 0 or more for each column of a layer that is not empty."""
+    cols = int(checked.matrix[row, 1])
+    if values.size != cols and checked.lengths[row]:
+        text = f'"importance" has {values.size} values; expected {cols}, one for each weight of a row'
+        checked.failures.setdefault(row, ("shape_mismatch", text))
+    for k in np.flatnonzero(~(np.isfinite(values) & (values >= 0)))[:1]:
+        text = f'"importance" is {values[k]} at index {k}; expected finite numbers of 0 or more'
+        checked.failures.setdefault(row, ("unsupported", text))

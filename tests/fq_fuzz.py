@@ -208,7 +208,7 @@ def unchecked(batch: pa.RecordBatch, request: Request, limits: Limits) -> Checke
     starts = weights.address + weights.offsets[:-1] * weights.value_bytes
     matrix = np.stack([lengths // 32, np.full_like(lengths, 32)], axis=1)
     names, shapes = (batch.column(name) for name in ("layer_name", "shape"))
-    return CheckedBatch(names, weights, starts, lengths, matrix, shapes)
+    return CheckedBatch(names, weights, starts, lengths, int(lengths.sum()), matrix, shapes)
 
 
 def run(kind: str, count: int, seed: int) -> dict[str, int]:

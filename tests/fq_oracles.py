@@ -198,13 +198,25 @@ def ggml_quantize(storage: npt.NDArray[Any], dtype: str, scheme: str, importance
     return packed, None, None
 
 
-def bitsandbytes_quantize(storage: npt.NDArray[Any], dtype: str, scheme: str, group_size: int = 64) -> Quantized:
-    """``quantize_4bit`` of a CPU tensor; float64, which the library refuses, is rounded to float32 first."""
+def bitsandbytes_quantize(
+    storage: npt.NDArray[Any], dtype: str, scheme: str, group_size: int | None = None, packing: str = "bnb-hi-first"
+) -> Quantized:
+    """``quantize_4bit`` or ``quantize_blockwise`` of a CPU tensor; float64, which they refuse, is rounded first."""
     tensor = as_torch(storage, dtype)
+    tensor = tensor.float() if dtype == "float64" else tensor
+    if scheme == "bnb8":
+        codes, state = bitsandbytes.functional.quantize_blockwise(tensor, blocksize=group_size or 4096)
+        return codes.numpy().reshape(-1), state.absmax.numpy(), None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on several ones torch adds up a long mean in another order
     packed, state = bitsandbytes.functional.quantize_4bit(
-        tensor.float() if dtype == "float64" else tensor, blocksize=group_size, quant_type=scheme
+        tensor, blocksize=group_size or 64, quant_type=scheme, compress_statistics=packing == "bnb-nested"
     )
-    return packed.numpy().reshape(-1), state.absmax.numpy(), None
+    torch.set_num_threads(threads)
+    if packing == "bnb-hi-first":
+        return packed.numpy().reshape(-1), state.absmax.numpy(), None
+    data = np.concatenate([packed.numpy().reshape(-1), state.absmax.numpy()])
+    return data, np.append(state.state2.absmax.numpy(), np.float32(state.offset.item())), None
 
 
 def arrowquant(
@@ -314,10 +326,10 @@ def library_quantize(storage: npt.NDArray[Any], dtype: str, options: dict[str, A
         return micro_quantize(storage, dtype, scheme, **chosen)
     if scheme == "arrowquant":
         return arrowquant(storage, dtype, **chosen)
-    if scheme in ("nf4", "fp4"):
+    if scheme in ("nf4", "fp4", "bnb8"):
         return bitsandbytes_quantize(storage, dtype, scheme, **chosen)
     if scheme.endswith("_k") or scheme == "iq4_nl":
-        return ggml_quantize(storage, dtype, scheme)
+        return ggml_quantize(storage, dtype, scheme, **chosen)
     if scheme.startswith("q"):
         return gguf_quantize(storage, dtype, scheme)
     bits = int(scheme.removeprefix("int"))

@@ -46,6 +46,7 @@ class GoldenCase:
     data: npt.NDArray[np.uint8]
     scales: npt.NDArray[np.float32] | None
     zero_points: npt.NDArray[np.float32] | None
+    importance: npt.NDArray[np.float32] | None = None
 
 
 @lru_cache(maxsize=1)
@@ -68,9 +69,10 @@ def _family(path: Path) -> list[GoldenCase]:
         weights = np.ascontiguousarray(arrays[dtype][first:last, :cols])
         label = "-".join(map(str, (dtype, f"{first}:{last}x{cols}", *options.values())))
         data, scales, zeros = parts
-        cases.append(
-            GoldenCase(label, dtype, weights, options, data, scales if sizes[1] else None, zeros if sizes[2] else None)
-        )
+        row = options.pop("importance", None)
+        importance = None if row is None else arrays["importance"][row, :cols]
+        given = scales if sizes[1] else None, zeros if sizes[2] else None
+        cases.append(GoldenCase(label, dtype, weights, options, data, *given, importance))
     return cases
 
 
@@ -168,14 +170,18 @@ def request(
 
 
 def reference_layer(
-    weights: Array, dtype: str, command: Command, global_amax: float | None = None
+    weights: Array,
+    dtype: str,
+    command: Command,
+    global_amax: float | None = None,
+    importance: Array | None = None,
 ) -> QuantizedLayer | LayerError:
     """What the reference makes of one layer of any shape, or the error it raises."""
     rows, cols = reference.matrix_shape(weights.shape)
     if rows * cols == 0:
         return QuantizedLayer(np.zeros(0, np.uint8), np.zeros(0, np.float32), np.zeros(0, np.float32), np.zeros(4))
     try:
-        return reference.quantize(weights.reshape(rows, cols), command.layer_spec(), dtype, global_amax)
+        return reference.quantize(weights.reshape(rows, cols), command.layer_spec(), dtype, global_amax, importance)
     except LayerError as error:
         return error
 

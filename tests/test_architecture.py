@@ -49,7 +49,7 @@ RULES = {
     "client": Rule(
         frozenset({"shared", "client"}),
         frozenset({"benchmarks", "cython_core", "server"}),
-        r"cli(\.py|/.*)",
+        r"cli(\.py|/.*)|in_process\.py",
         foreign=frozenset({"grpc", "prometheus_client"}),
     ),
     "benchmarks": Rule(
@@ -166,6 +166,7 @@ def test_a_wrong_import_is_found(folder: str, relative: str, text: str) -> None:
         ("server", "service.py", "import pyarrow.flight as fl\nfrom flightquant.cython_core.engine import Engine"),
         ("client", "cli.py", "def f():\n    from flightquant.server.app import serve"),
         ("client", "client.py", "from flightquant import wire"),
+        ("client", "in_process.py", "def f():\n    import flightquant.cython_core.local"),
     ],
 )
 def test_a_right_import_is_not(folder: str, relative: str, text: str) -> None:

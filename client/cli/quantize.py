@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,10 +15,10 @@ import pyarrow as pa
 import typer
 
 from flightquant.client import QuantClient
-from flightquant.client.cli.in_process import in_process
 from flightquant.client.cli.page import write_page
 from flightquant.client.cli.progress import LayerProgress
 from flightquant.client.cli.report import console, conversion_facts, plan_facts, print_conversion, print_plan
+from flightquant.client.client import LOCAL
 from flightquant.client.connection import Credentials
 from flightquant.client.convert import Conversion, Selection, convert, plan_of
 from flightquant.client.recipes import TARGETS, Recipe, available_presets, preset, read_recipe
@@ -160,10 +159,9 @@ def quantize(
         if dry_run:
             _show_plan(source, output, made, as_json=as_json, local=server is None, threads=threads)
             return
-        connect = None
-        if server is not None:
-            connect = partial(QuantClient, server, credentials=Credentials(token_file, ca), timeout_s=timeout)
-        result = _convert(source, output, made, connect, threads, resume=resume)
+        access = Credentials(token_file, ca)
+        with QuantClient(server or LOCAL, credentials=access, timeout_s=timeout, n_threads=threads) as client:
+            result = _convert(source, output, made, client, resume=resume)
     if report is not None:
         write_page(report, result, source=model, output=output)
     if as_json:
@@ -203,29 +201,14 @@ def build_recipe(name: str | None, path: Path | None, options: dict[str, Any], k
     return Recipe.parse(keys)
 
 
-Connect = Callable[[], QuantClient]
-
-
-def _convert(
-    source: Source, output: str, recipe: Recipe, connect: Connect | None, threads: int | None, *, resume: bool
-) -> Conversion:
+def _convert(source: Source, output: str, recipe: Recipe, client: QuantClient, *, resume: bool) -> Conversion:
     plan = plan_of(source, output, recipe)
     with LayerProgress({name: source.tensors[name].nbytes for name in plan.commands}) as progress:
-        quantizer = _quantizer(progress.tell, connect, threads)
-        return convert(source, output, recipe, quantizer, resume=resume, already=progress.tell)
 
+        def quantize_all(layers: Selection, command: Command) -> Iterator[pa.RecordBatch]:
+            return client.stream(layers, **command.options(), progress=progress.tell)
 
-def _quantizer(
-    tell: Callable[[str, float], None], connect: Connect | None, threads: int | None
-) -> Callable[[Selection, Command], Iterator[pa.RecordBatch]]:
-    def quantize_all(layers: Selection, command: Command) -> Iterator[pa.RecordBatch]:
-        if connect is None:
-            yield from in_process(layers, command, tell, threads)
-            return
-        with connect() as client:
-            yield from client.stream(layers, **command.options(), progress=tell)
-
-    return quantize_all
+        return convert(source, output, recipe, quantize_all, resume=resume, already=progress.tell)
 
 
 def _show_plan(source: Source, output: str, recipe: Recipe, *, as_json: bool, local: bool, threads: int | None) -> None:
@@ -240,6 +223,7 @@ def _show_plan(source: Source, output: str, recipe: Recipe, *, as_json: bool, lo
 
 def _estimate(source: Source, groups: dict[Command, list[str]], threads: int | None) -> float:
     """Seconds that the kernels will take, from a few milliseconds of work on made-up weights of the same dtypes."""
+    client = QuantClient(LOCAL, n_threads=threads)
     total = 0.0
     made = np.random.default_rng(0).standard_normal((1024, 2048), np.float32)
     samples: dict[str, npt.NDArray[Any]] = {
@@ -257,7 +241,7 @@ def _estimate(source: Source, groups: dict[Command, list[str]], threads: int | N
             best = float("inf")
             for _ in range(3):
                 started = time.perf_counter()
-                list(in_process({"sample": layer}, command, lambda *_: None, threads))
+                client.quantize({"sample": layer}, **command.options())
                 best = min(best, time.perf_counter() - started)
             total += best * nbytes / layer.nbytes
     return total

@@ -40,7 +40,7 @@ def target_of(uri: str | os.PathLike[str], recipe: Recipe) -> str:
     if by_name in ("parquet", "arrow"):
         return by_name
     if by_name is None and recipe.target in (None, *FOLDERS) and packing != "gguf":
-        return recipe.target or ("bitsandbytes" if packing == "bnb-hi-first" else "compressed-tensors")
+        return recipe.target or ("bitsandbytes" if packing.startswith("bnb-") else "compressed-tensors")
     if by_name == "gguf" and recipe.target in (None, "gguf"):
         return "gguf"
     wanted = recipe.target or ("gguf" if packing == "gguf" else "compressed-tensors")

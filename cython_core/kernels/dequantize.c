@@ -1,5 +1,6 @@
 /* Weights again from packed bytes, scales and zero points, in the arithmetic of the reference (flightquant/reference):
  * the numbers that the quality columns are made of. Whatever the bytes are, nothing here is undefined. */
+#include "dynamic_map.h"
 #include "families.h"
 
 /* n weights from an index on, as float32; up to 63 more are unspecified. */
@@ -160,6 +161,18 @@ static const float fp4_values[16] = {
 FQ_INLINE vf nf4(const int8_t *codes) { return vi_lookup_16(vi_load_i8(codes), nf4_values); }
 FQ_INLINE vf fp4(const int8_t *codes) { return vi_lookup_16(vi_load_i8(codes), fp4_values); }
 
+FQ_INLINE vf dynamic8(const int8_t *codes) {
+  float values[FQ_LANES];
+  for (int i = 0; i < FQ_LANES; i++)
+    values[i] = fq_dynamic_values[(uint8_t)codes[i]];
+  return vf_load(values);
+}
+
+static void restore_bnb8(const fq_job *job, int64_t begin, int64_t n, float *y) {
+  int8_t buffer[FQ_SPAN + FQ_STEP] = {0};
+  scale_units(job, begin, n, load_bytes(job->data + begin, n, buffer), dynamic8, y);
+}
+
 /* Two codes a byte, the first in its high half. */
 FQ_INLINE void unpack_high_first(const uint8_t *from, int64_t n, int8_t *codes) {
   for (int64_t i = 0; i < (n + 1) / 2; i++) {
@@ -263,6 +276,7 @@ static span_restorer *const restorers[] = {
     [FQ_Q5_0] = restore_q5_0,
     [FQ_Q5_1] = restore_q5_1,
     [FQ_ARROWQUANT] = restore_arrowquant,
+    [FQ_BNB8] = restore_bnb8,
 };
 
 int FQ_NAME(restores)(int32_t family) {

@@ -16,6 +16,8 @@ void FQ_NAME(pack_codes)(const fq_job *job, int64_t begin, int64_t n, int8_t *co
 void FQ_NAME(mlx_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 void FQ_NAME(repack)(const fq_job *job, int64_t row, int64_t end);
 void FQ_NAME(codebook_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
+void FQ_NAME(dynamic8_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
+void FQ_NAME(nest)(const fq_job *job);
 void FQ_NAME(kquants_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 void FQ_NAME(iq4_nl_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 void FQ_NAME(micro_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);

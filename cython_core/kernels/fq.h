@@ -39,11 +39,12 @@ enum fq_family {
   FQ_MXFP8,
   FQ_NVFP4,
   FQ_ARROWQUANT,
-  FQ_MLX
+  FQ_MLX,
+  FQ_BNB8
 };
 
-/* Layouts into which packed integers are turned after all tiles (repack.c). */
-enum fq_packing { FQ_AS_PACKED, FQ_GPTQ, FQ_GPTQ_V2, FQ_AWQ };
+/* Layouts into which packed integers are turned after all tiles (repack.c); with FQ_NESTED, scales are (nest). */
+enum fq_packing { FQ_AS_PACKED, FQ_GPTQ, FQ_GPTQ_V2, FQ_AWQ, FQ_NESTED };
 
 typedef struct fq_job {
   const void *weights; /* n weights of dtype, at any address */
@@ -56,7 +57,8 @@ typedef struct fq_job {
   int64_t unit;            /* weights of a group or block, of two groups of 16; of a row if there are no groups */
   int64_t cols;            /* weights of a row */
   int64_t row_bytes;       /* packed bytes of a row */
-  uint8_t *packed;         /* where repack writes; null if data is the answer */
+  uint8_t *packed;         /* where repack writes, or nest codes; null if data is the answer */
+  float *outer;            /* where nest writes the scales of scales, and their mean */
   int32_t packing;         /* enum fq_packing */
   int32_t family;          /* enum fq_family */
   int32_t dtype;           /* enum fq_dtype of the weights */
@@ -98,6 +100,8 @@ typedef struct fq_kernels {
   void (*quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
   /* Write the rows from one up to another, FQ_REPACK_ROWS of them or the last ones, in the job's packing. */
   void (*repack)(const fq_job *job, int64_t row, int64_t end);
+  /* Quantize all scales: codes to packed, what they stand for to scales again. */
+  void (*nest)(const fq_job *job);
   /* Whether restore knows a family. */
   int (*restores)(int32_t family);
   /* Make the weights from begin up to end, whole units or a piece of one, of data, scales and zeros, which are only

@@ -30,6 +30,9 @@ static void quantize(const fq_job *job, int64_t begin, int64_t end, fq_result *r
   case FQ_FP4:
     FQ_NAME(codebook_quantize)(job, begin, end, result);
     break;
+  case FQ_BNB8:
+    FQ_NAME(dynamic8_quantize)(job, begin, end, result);
+    break;
   case FQ_Q2_K:
   case FQ_Q3_K:
   case FQ_Q4_K:
@@ -65,6 +68,7 @@ const fq_kernels FQ_NAME(kernels) = {
     .parameters = parameters,
     .quantize = quantize,
     .repack = FQ_NAME(repack),
+    .nest = FQ_NAME(nest),
     .restores = FQ_NAME(restores),
     .restore = FQ_NAME(restore),
 };

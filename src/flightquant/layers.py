@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,8 @@ class Layer:
         The weights in row-major order: float32, float16 or float64, or uint16 with bfloat16's bits.
     copied : int
         Bytes that had to be copied to get there (0 unless the tensor was strided or of foreign byte order).
+    importance : float32 array of shape (shape[-1],), optional
+        What an error in each column counts, in schemes that search.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Layer:
     dtype: str
     data: npt.NDArray[Any]
     copied: int = 0
+    importance: npt.NDArray[np.float32] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +64,11 @@ class Layer:
     def part(self, first: int, last: int) -> Layer:
         """The rows from ``first`` up to ``last`` of the first axis, sharing memory."""
         width = self.data.size // self.shape[0]
-        return Layer(self.name, (last - first, *self.shape[1:]), self.dtype, self.data[first * width : last * width])
+        importance = self.importance
+        if importance is not None and len(self.shape) == 1 and importance.size == self.shape[0]:
+            importance = importance[first:last]
+        data = self.data[first * width : last * width]
+        return Layer(self.name, (last - first, *self.shape[1:]), self.dtype, data, importance=importance)
 
 
 def as_layer(name: str, tensor: Any) -> Layer:
@@ -112,13 +119,50 @@ def weights_field(dtype: str, *, large: bool = False) -> pa.Field:
     return pa.field("weights", kind, metadata={"dtype": dtype})
 
 
-def layers_batch(layers: Sequence[Layer], row_offsets: Sequence[int | None] | None = None) -> pa.RecordBatch:
+def with_importance(layer: Layer, importance: Mapping[str, Any] | None) -> Layer:
+    """The layer with the importance that the mapping has under its name, if any, as float32.
+
+    Raises
+    ------
+    InvalidRequestError
+        It is no mapping, or what stands there is no vector of numbers.
+    """
+    if importance is None:
+        return layer
+    if not isinstance(importance, Mapping):
+        raise InvalidRequestError(
+            f"importance is a {type(importance).__name__}; expected a mapping of layer names to vectors",
+            field="importance",
+            got=type(importance).__name__,
+        )
+    given = importance.get(layer.name)
+    if given is None:
+        return layer
+    held = given.detach().cpu() if type(given).__module__.split(".")[0] == "torch" else given
+    try:
+        values = np.asarray(held, np.float32)
+    except (TypeError, ValueError):
+        values = np.zeros((0, 0), np.float32)
+    if values.ndim != 1:
+        raise InvalidRequestError(
+            f'the importance of layer "{layer.name}" is no vector of numbers; expected one number for each column',
+            field="importance",
+            expected="a vector of one number for each column",
+        )
+    return replace(layer, importance=np.ascontiguousarray(values))
+
+
+def layers_batch(
+    layers: Sequence[Layer], row_offsets: Sequence[int | None] | None = None, *, importance: bool = False
+) -> pa.RecordBatch:
     """One request batch of layers that share a dtype; a single layer is borrowed, several are joined (one copy).
 
     Parameters
     ----------
     row_offsets : sequence, optional
         For layers sent in parts: where each part starts on the first axis.
+    importance : bool
+        Whether the batch has a column of the layers' importance, null for those that have none.
     """
     dtype = layers[0].dtype
     sizes = np.array([layer.data.size for layer in layers], dtype=np.int64)
@@ -137,13 +181,26 @@ def layers_batch(layers: Sequence[Layer], row_offsets: Sequence[int | None] | No
     if row_offsets is not None:
         columns.append(pa.array(list(row_offsets), pa.int64()))
         fields.append(pa.field("row_offset", pa.int64()))
+    if importance:
+        columns.append(pa.array([layer.importance for layer in layers], pa.list_(pa.float32())))
+        fields.append(pa.field("importance", pa.list_(pa.float32())))
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
 
 
-def named_layers(weights: Mapping[str, Any]) -> Iterator[Layer]:
-    """The layers of a mapping, in its order."""
+def refuse_importance(importance: Any) -> None:
+    """Raise InvalidRequestError if there is any: Arrow data has it in a column."""
+    if importance is not None:
+        raise InvalidRequestError(
+            'importance stands beside a mapping of layers; expected a column "importance" in Arrow data',
+            field="importance",
+            expected="a column of list<float32>",
+        )
+
+
+def named_layers(weights: Mapping[str, Any], importance: Mapping[str, Any] | None = None) -> Iterator[Layer]:
+    """The layers of a mapping, in its order, each with its importance if it has one."""
     for name, tensor in weights.items():
-        yield as_layer(name, tensor)
+        yield with_importance(as_layer(name, tensor), importance)
 
 
 def as_reader(weights: Any) -> pa.RecordBatchReader:

@@ -20,7 +20,7 @@ from flightquant.errors import InvalidRequestError
 WEIGHT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
 GRANULARITIES = ("tensor", "channel", "group", "block")
-OPERATIONS = ("quantize", "dequantize", "verify")
+OPERATIONS = ("quantize", "dequantize", "verify", "amax")
 RESTORED_DTYPES = ("float32", "float16")
 ON_ERROR = ("row", "abort")
 MAX_COMMAND_BYTES = 64 * 1024
@@ -30,6 +30,8 @@ BLOCK_EDGE = 128
 GPTQ = ("gptq", "gptq-v2")
 TRANSPOSED = (*GPTQ, "awq")
 """Packings of the weights' transpose."""
+NESTED = "bnb-nested"
+"""The packing of codes behind which their scales stand, quantized too."""
 
 Size = TypeVar("Size", int, npt.NDArray[np.int64])
 
@@ -96,6 +98,11 @@ class Scheme:
     def transposed(self) -> bool:
         """Whether words run over several rows, zero points behind them: rows and columns are multiples of 32."""
         return self.packing in TRANSPOSED
+
+    @property
+    def nested(self) -> bool:
+        """Whether the scales are quantized too: their codes stand behind the weights'."""
+        return self.packing == NESTED
 
     @property
     def whole_scale(self) -> bool:
@@ -182,7 +189,7 @@ def _searched(name: str, bits: int, block: int, block_bytes: int) -> Scheme:
 
 
 def _codebook(name: str, summary: str) -> Scheme:
-    return Scheme(
+    scheme = Scheme(
         name=name,
         bits=4,
         packing="bnb-hi-first",
@@ -192,6 +199,28 @@ def _codebook(name: str, summary: str) -> Scheme:
         scale_dtypes=("float32",),
         exact_with="bitsandbytes 0.50.2 on a CPU",
         summary=f"{summary} with a float32 scale for each block of the flat tensor, for transformers and QLoRA",
+        flat=True,
+    )
+    nested = replace(
+        scheme,
+        packing=NESTED,
+        exact_with="bitsandbytes 0.50.2 with compress_statistics on a CPU of x86-64, one thread of torch 2.13",
+        summary=f"{summary} with an 8-bit scale for each block of the flat tensor, for transformers and QLoRA",
+    )
+    return replace(scheme, variants=(nested,))
+
+
+def _blockwise8() -> Scheme:
+    return Scheme(
+        name="bnb8",
+        bits=8,
+        packing="bnb-8bit",
+        granularities=("group",),
+        group_sizes=(4096, 64, 128, 256, 512, 1024, 2048),
+        asymmetric=False,
+        scale_dtypes=("float32",),
+        exact_with="bitsandbytes 0.50.2 on a CPU",
+        summary="256 values of seven decades with a float32 scale for each block of the flat tensor, for bitsandbytes",
         flat=True,
     )
 
@@ -258,6 +287,7 @@ SCHEMES: dict[str, Scheme] = {
         _gguf("q4_0", 4, 18),
         _codebook("nf4", "16 values, quantiles of the normal distribution,"),
         _codebook("fp4", "4-bit floats"),
+        _blockwise8(),
         _gguf("q4_1", 4, 20),
         _gguf("q5_0", 5, 22),
         _gguf("q5_1", 5, 24),
@@ -327,12 +357,14 @@ _KEYS: dict[str, tuple[type, str]] = {
     "scale_dtype": (str, "a string"),
     "on_error": (str, "a string"),
     "metrics": (bool, "true or false"),
+    "double_quant": (bool, "true or false"),
     "dtype": (str, "a string"),
 }
 _KEYS_OF: dict[str, tuple[str, ...]] = {
     "quantize": tuple(key for key in _KEYS if key != "dtype"),
     "dequantize": ("op", "scheme", "bit_width", "group_size", "dtype", "on_error"),
     "verify": ("op", "scheme", "bit_width", "group_size", "on_error"),
+    "amax": ("op", "on_error"),
 }
 
 OVERRIDE_KEYS = ("scheme", "bit_width", "packing", "granularity", "group_size", "symmetric", "scale_dtype")
@@ -358,7 +390,7 @@ def _shown(value: Any) -> str:
 class Command:
     """The command of one call, exactly the contract's keys.
 
-    ``bit_width`` is turned into ``scheme`` where it is short for one.
+    ``bit_width`` is turned into ``scheme`` where it is short for one, ``double_quant`` into the packing that it is.
 
     Build it with :meth:`parse` (JSON or a mapping, every value untrusted) or :meth:`build` (keyword arguments).
     None means "not given": the default depends on the scheme. What ``dequantize`` and ``verify`` are given is already
@@ -507,7 +539,9 @@ def _load_object(raw: bytes | str) -> dict[str, Any]:
 
 def _apply(command: Command, given: Mapping[str, Any]) -> Command:
     """``command`` with the values of ``given`` in place; ``bit_width`` becomes ``scheme``, a size implies groups."""
-    values = {key: value for key, value in given.items() if key not in ("bit_width", "op")}
+    values = {key: value for key, value in given.items() if key not in ("bit_width", "op", "double_quant")}
+    if given.get("double_quant") and values.setdefault("packing", NESTED) != NESTED:
+        raise _refuse("packing", values["packing"], f'no "packing", or "{NESTED}"', "packing and double_quant disagree")
     width = given.get("bit_width")
     if "scheme" in values and values["scheme"] != command.scheme:
         values["bit_width"] = None

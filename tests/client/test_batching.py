@@ -100,8 +100,9 @@ class TestPack:
         assert len({str(r.batch.schema) for r in requests}) <= 1
         for request in requests:
             assert request.nbytes == batching.batch_bytes(request.batch)
-            # 128 rows of blocks stay together, however long they are.
-            uncut = request.batch.num_rows == 1 and (request.part is None or command.granularity == "block")
+            # 128 rows of blocks stay together, however long they are, and so do rows that groups cross.
+            together = command.granularity == "block" or command.layer_spec().scheme.flat
+            uncut = request.batch.num_rows == 1 and (request.part is None or together)
             assert request.nbytes <= batching.MAX_BYTES or uncut
         assert list(pack(layers, command)) == [] or sum(r.nbytes for r in requests) == sum(x.nbytes for x in layers)
 

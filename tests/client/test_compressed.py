@@ -12,8 +12,7 @@ from fq_testing import STORAGE
 from safetensors import numpy as official
 
 import flightquant
-from flightquant.client import compressed
-from flightquant.client.cli.in_process import in_process
+from flightquant.client import QuantClient, compressed
 from flightquant.client.convert import convert
 from flightquant.client.recipes import KEPT_PATTERNS, Recipe, make_plan
 from flightquant.client.safetensors import SafetensorsFile
@@ -22,6 +21,8 @@ from flightquant.errors import InvalidRequestError, LayerError
 from flightquant.layers import layer_class
 from flightquant.reference import float8, integer, numeric
 from flightquant.spec import Command
+
+LOCAL = QuantClient("local")
 
 KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64"}
 OPTIONS: list[dict[str, Any]] = [
@@ -53,7 +54,7 @@ def quantized(tmp_path: Path, tensors: dict[str, np.ndarray], options: dict[str,
     source = open_source(checkpoint(tmp_path / "in.safetensors", tensors, {"format": "pt", "author": "me"}))
     recipe = Recipe.parse({**options, **more})
     target = tmp_path / "out.safetensors"
-    convert(source, target, recipe, lambda layers, command: in_process(layers, command, lambda *_: None))
+    convert(source, target, recipe, lambda layers, command: LOCAL.stream(layers, **command.options()))
     return target
 
 
@@ -225,7 +226,7 @@ def test_the_cost_is_told(tmp_path: Path) -> None:
     told: list[tuple[str, float]] = []
 
     def quantize(layers: Any, command: Command) -> Any:
-        return in_process(layers, command, lambda name, fraction: told.append((name, fraction)))
+        return LOCAL.stream(layers, **command.options(), progress=lambda *each: told.append(each))
 
     result = convert(source, tmp_path / "out.safetensors", Recipe.parse({"scheme": "int4"}), quantize)
     assert told == [(layer.name, 1.0) for layer in result.layers]

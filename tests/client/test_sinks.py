@@ -22,13 +22,16 @@ import pytest
 from safetensors import numpy as official
 
 import flightquant
-from flightquant.client.cli.in_process import in_process
+from flightquant.client import QuantClient
 from flightquant.client.convert import Conversion, convert
 from flightquant.client.recipes import Recipe
 from flightquant.client.sinks import safetensors as sink_module
 from flightquant.client.sources import open_source
+from flightquant.client.stored import open_dequantized
 from flightquant.errors import InvalidRequestError, UnavailableError
 from flightquant.spec import Command
+
+LOCAL = QuantClient("local")
 
 LAYERS = 6
 
@@ -52,10 +55,10 @@ def model(folder: Path, columns: int = 256) -> Path:
 
 def run(source: Any, output: Any, stop_after: int | None = None, resume: bool = False, **recipe: Any) -> Conversion:
     def quantize(layers: Any, command: Command) -> Iterator[pa.RecordBatch]:
-        for number, batch in enumerate(in_process(layers, command, lambda *_: None)):
+        for number, name in enumerate(layers):
             if number == stop_after:
                 raise UnavailableError("the server was lost")
-            yield batch
+            yield from LOCAL.stream({name: layers[name]}, **command.options())
 
     with open_source(source) as opened:
         return convert(opened, output, Recipe.parse({"scheme": "int4", **recipe}), quantize, resume=resume)
@@ -193,7 +196,7 @@ def test_two_at_one_output(tmp_path: Path) -> None:
     def quantize(layers: Any, command: Command) -> Iterator[pa.RecordBatch]:
         with pytest.raises(InvalidRequestError, match="another process is writing"):
             run(source, tmp_path / "out")
-        yield from in_process(layers, command, lambda *_: None)
+        yield from LOCAL.stream(layers, **command.options())
 
     with open_source(source) as opened:
         convert(opened, tmp_path / "out", Recipe.parse({"scheme": "int4"}), quantize)
@@ -251,6 +254,30 @@ def test_bitsandbytes_names(tmp_path: Path, scheme: str) -> None:
     assert (config["bnb_4bit_quant_type"], config["llm_int8_skip_modules"]) == (scheme, ["lm_head"])
 
 
+@pytest.mark.parametrize("scheme", ["nf4", "fp4"])
+def test_bitsandbytes_names_of_double_quantization(tmp_path: Path, scheme: str) -> None:
+    run(model(tmp_path / "m"), tmp_path / "out", scheme=scheme, double_quant=True)
+    stored = official.load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.layers.0.up.weight"
+    state = json.loads(stored[f"{name}.quant_state.bitsandbytes__{scheme}"].tobytes())
+    offset = state.pop("nested_offset")
+    assert state == {
+        "quant_type": scheme, "blocksize": 64, "dtype": "bfloat16", "shape": [32, 256], "nested_blocksize": 256,
+        "nested_dtype": "float32",
+    }  # fmt: skip
+    assert np.float32(offset) == offset > 0
+    shapes = {key: (array.dtype.name, array.shape) for key, array in stored.items() if key.startswith(f"{name}.")}
+    assert shapes[f"{name}.absmax"] == ("uint8", (128,))
+    assert shapes[f"{name}.nested_absmax"] == ("float32", (1,))
+    assert shapes[f"{name}.nested_quant_map"] == ("float32", (256,))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["bnb_4bit_use_double_quant"] is True
+    again = open_dequantized(str(tmp_path / "out"))
+    weights = np.frombuffer(open_source(str(tmp_path / "m")).load(name).data, ml_dtypes.bfloat16).astype(np.float32)
+    error = np.frombuffer(again.load(name).data, np.float32) - weights
+    assert np.abs(error).max() < np.abs(weights).max() / 4
+
+
 KILLS = 20
 
 
@@ -260,7 +287,7 @@ def test_a_killed_command_line_is_gone_on_with(tmp_path: Path) -> None:
     source = tmp_path / "m"
     source.mkdir()
     made = np.random.default_rng(1).standard_normal((64, 512), np.float32)
-    official.save_file({f"layers.{i}.up.weight": made + i for i in range(150)}, source / "model.safetensors")
+    official.save_file({f"layers.{i}.up.weight": made + i for i in range(300)}, source / "model.safetensors")
     (source / "config.json").write_text("{}")
     command = [sys.executable, "-m", "flightquant.client.cli", "quantize", str(source), "--threads", "1", "-o"]
     started = time.monotonic()
@@ -269,13 +296,18 @@ def test_a_killed_command_line_is_gone_on_with(tmp_path: Path) -> None:
     wanted = tree(tmp_path / "whole")
     target = tmp_path / "out"
     found: list[int] = []
-    for _ in range(KILLS):
+    journal = tmp_path / ".out.flightquant" / "journal.jsonl"
+    for number in range(KILLS):
         quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen([*command, str(target), "--resume"], **quiet)
-        time.sleep(rng.uniform(0.3, 1.05) * seconds)
+        if number % 2:
+            time.sleep(rng.uniform(0.3, 1.05) * seconds)
+        else:  # in the midst of the layers, which take a small part of the time
+            before = journal.stat().st_size if journal.exists() else 0
+            while process.poll() is None and not (journal.exists() and journal.stat().st_size > before + 1000):
+                time.sleep(0.0005)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        journal = tmp_path / ".out.flightquant" / "journal.jsonl"
         found.append(len(journal.read_bytes().splitlines()) if journal.exists() else 0)
         if target.exists():
             assert tree(target) == wanted

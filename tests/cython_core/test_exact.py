@@ -53,6 +53,9 @@ OPTIONS: list[dict[str, Any]] = [
     *({"scheme": f"q{bits}_k"} for bits in range(2, 7)),
     *({"scheme": scheme} for scheme in ("mxfp4", "mxfp8", "nvfp4")),
     *({"scheme": scheme, "group_size": 32 << k} for scheme in ("nf4", "fp4") for k in range(8)),
+    *({"scheme": "bnb8", "group_size": size} for size in (64, 1024, 4096)),
+    *({"scheme": "nf4", "packing": "bnb-nested", "group_size": size} for size in (32, 4096)),
+    {"scheme": "fp4", "packing": "bnb-nested"},
     *(
         {"scheme": scheme, "packing": packing, "symmetric": symmetric, **unit}
         for (scheme, packing), symmetric, unit in itertools.product(
@@ -180,7 +183,8 @@ def test_the_engine_is_the_libraries_bit_for_bit(all_engines: list[Engine]) -> N
         by_request.setdefault((case.dtype, repr(case.options)), []).append(case)
     for (dtype, _), cases in by_request.items():
         command = Command.build(**cases[0].options)
-        batch = request({case.name: case.weights for case in cases}, dtype)
+        importance = pa.array([case.importance for case in cases], pa.list_(pa.float32()))
+        batch = request({case.name: case.weights for case in cases}, dtype, columns={"importance": importance})
         for engine in all_engines:
             answers = engine.session(batch.schema, command).quantize(batch).batch
             for i, case in enumerate(cases):

@@ -48,6 +48,8 @@ COMMANDS = [
         {"scheme": "mxfp8"},
         {"scheme": "nvfp4"},
         {"scheme": "nf4"},
+        {"scheme": "nf4", "packing": "bnb-nested"},
+        {"scheme": "bnb8", "group_size": 64},
         {"scheme": "iq4_nl"},
         {"scheme": "arrowquant", "bit_width": 8},
         {"scheme": "mlx"},

@@ -371,14 +371,6 @@ def test_echoed_columns_come_back_untouched(any_engine: Engine) -> None:
     assert shared == columns["x_int"].buffers()[1].address
 
 
-def test_importance_is_accepted_and_changes_nothing_without_a_search(any_engine: Engine) -> None:
-    importance = pa.array([[1.0] * 128, None, [2.0]], pa.list_(pa.float32()))
-    batch = request({"a": GOOD, "b": GOOD, "c": GOOD}, columns={"importance": importance})
-    answers = quantize(any_engine, batch)
-    for i in range(3):
-        check_row(answers, i, reference_layer(GOOD, "float32", INT4))
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_global_amax_sets_the_scale_of_a_whole_tensor(isa_engine: Engine, dtype: str) -> None:
     weights = stored_as(GOOD, dtype)

@@ -84,10 +84,10 @@ def storage(values: npt.NDArray[np.float64], dtype: str) -> npt.NDArray[Any]:
 
 
 COMMON_LIBRARIES = ("auto-gptq", "autoawq", "mlx", "compressed-tensors", "torch", "gguf", "bitsandbytes", "numpy")
-LIBRARIES = {"kquants": ("llama-cpp-python", "numpy")}
+LIBRARIES = {"kquants": ("llama-cpp-python", "numpy"), "codebook": ("bitsandbytes", "torch", "numpy")}
 
 Case = tuple[tuple[int, int, int], dict[str, Any]]
-"""(First row, last row, columns) of the matrix, and the command's options."""
+"""(First row, last row, columns) of the matrix, and the command's options; ``importance`` is a row of the table."""
 
 
 def integer(dtype: str) -> Iterator[Case]:
@@ -139,6 +139,12 @@ def codebook(_: str) -> Iterator[Case]:
         yield from (((0, 16, COLS), {"scheme": scheme, "group_size": size}) for size in (32, 64, 4096))
         yield from (((2, 15, 251), {"scheme": scheme, "group_size": 32 << k}) for k in range(8))
         yield from (((0, 16, cols), {"scheme": scheme}) for cols in TAILS)
+        nested = {"scheme": scheme, "packing": "bnb-nested"}
+        yield from (((0, 22, COLS), {**nested, "group_size": size}) for size in (32, 64, 4096))
+        yield from (((10, 16, cols), {**nested, "group_size": 32}) for cols in TAILS)
+    yield from (((0, 22, COLS), {"scheme": "bnb8", "group_size": size}) for size in (64, 256, 4096))
+    yield from (((2, 15, 251), {"scheme": "bnb8", "group_size": 64 << k}) for k in range(7))
+    yield from (((0, 16, cols), {"scheme": "bnb8"}) for cols in TAILS)
 
 
 def arrowquant(_: str) -> Iterator[Case]:
@@ -190,9 +196,20 @@ def gguf(_: str) -> Iterator[Case]:
     yield from (((0, 18, COLS), {"scheme": scheme}) for scheme in ("q4_1", "q5_0", "q5_1"))
 
 
-def kquants(_: str) -> Iterator[Case]:
+def kquants(dtype: str) -> Iterator[Case]:
     """ggml's searched blocks of 256 and 32."""
-    yield from (((0, 22, COLS), {"scheme": scheme}) for scheme in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl"))
+    for scheme in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl"):
+        yield (0, 22, COLS), {"scheme": scheme}
+        if dtype in ("float32", "bfloat16"):
+            yield from (((0, 22, COLS), {"scheme": scheme, "importance": row}) for row in range(len(importances())))
+
+
+def importances() -> npt.NDArray[np.float32]:
+    """What errors count, one kind a row: as activations have it, with unused columns, over many decades, not at all."""
+    rng = np.random.default_rng(20261122)
+    usual = rng.standard_normal(COLS) ** 2
+    unused = np.where(rng.random(COLS) < 0.5, 0, rng.random(COLS))
+    return np.array([usual, unused, 10 ** rng.uniform(-20, 20, COLS), np.zeros(COLS)], np.float32)
 
 
 FAMILIES: dict[str, Callable[[str], Iterator[Case]]] = {
@@ -217,7 +234,10 @@ def write(family: str) -> None:
     for dtype in STORAGE:
         for (first, last, cols), options in FAMILIES[family](dtype):
             weights = np.ascontiguousarray(inputs[dtype][first:last, :cols])
-            packed, scale, zero = library_quantize(weights, dtype, options)
+            known = dict(options)
+            if "importance" in known:
+                known["importance"] = np.ascontiguousarray(importances()[known["importance"], :cols])
+            packed, scale, zero = library_quantize(weights, dtype, known)
             data.append(packed)
             scales.append(np.zeros(0, np.float32) if scale is None else scale)
             zeros.append(np.zeros(0, np.float32) if zero is None else zero)
@@ -232,6 +252,7 @@ def write(family: str) -> None:
         data=np.concatenate(data),
         scales=np.concatenate(scales),
         zero_points=np.concatenate(zeros),
+        importance=importances(),
         **inputs,
     )
     sys.stdout.write(f"{target}: {len(index)} cases, {target.stat().st_size} bytes, {made_with}\n")

@@ -81,7 +81,8 @@ def test_bitsandbytes_dequantizes_our_nf4(tmp_path: Path) -> None:
         parts = {key.removeprefix(f"{name}."): tensor for key, tensor in stored.items() if key.startswith(f"{name}.")}
         state = functional.QuantState.from_dict(parts, device=torch.device("cpu"))
         theirs = functional.dequantize_4bit(stored[name], state).float().numpy()
-        ours = flightquant.dequantize(flightquant.quantize({name: original}, "nf4"))[name]
+        made = flightquant.quantize({name: original}, "nf4", packing="bnb-nested")
+        ours = flightquant.dequantize(made)[name]
         np.testing.assert_array_equal(theirs, ours)
 
 

@@ -98,6 +98,22 @@ def test_engine_and_reference_are_the_library(dtype: str, options: dict[str, Any
                 same_bits(cell.values.to_numpy(), expected, f"{name}: {column}")
 
 
+@needs_ggml
+@pytest.mark.parametrize("scheme", SEARCHED)
+def test_importance_is_ggmls(scheme: str) -> None:
+    rng = np.random.default_rng(41)
+    layers = matrices("float32", seed=42)
+    usual = {name: (rng.standard_normal(weights.shape[1]) ** 2).astype(np.float32) for name, weights in layers.items()}
+    wide = {
+        name: (values * 10.0 ** rng.uniform(-20, 20, values.size)).astype(np.float32) for name, values in usual.items()
+    }
+    for importance in (usual, wide, {name: np.zeros_like(values) for name, values in usual.items()}):
+        table = flightquant.quantize(layers, scheme, importance=importance)
+        for i, (name, weights) in enumerate(layers.items()):
+            data, _, _ = library_quantize(weights, "float32", {"scheme": scheme, "importance": importance[name]})
+            same_bits(np.frombuffer(table.column("quantized_data")[i].as_buffer(), np.uint8), data, name)
+
+
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("width", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -214,7 +230,7 @@ def test_gguf_dequantizes_to_our_values(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scheme", ["nf4", "fp4"])
+@pytest.mark.parametrize("scheme", ["nf4", "fp4", "bnb8"])
 def test_blocks_of_the_flat_tensor_are_the_librarys(scheme: str, dtype: str) -> None:
     """Rows that no block divides, a short block at the end, odd numbers of weights."""
     rng = np.random.default_rng(13)
@@ -224,12 +240,13 @@ def test_blocks_of_the_flat_tensor_are_the_librarys(scheme: str, dtype: str) -> 
         for kind in KINDS
         for shape in shapes
     }
-    for group_size in (32 << k for k in range(8)):
-        table = flightquant.quantize(request(layers, dtype), scheme, group_size=group_size)
+    packings = (None,) if scheme == "bnb8" else (None, "bnb-nested")
+    for group_size, packing in itertools.product((32 << k for k in range(scheme == "bnb8", 8)), packings):
+        options = given({"scheme": scheme, "group_size": group_size, "packing": packing})
+        table = flightquant.quantize(request(layers, dtype), **options)
         for i, (name, weights) in enumerate(layers.items()):
-            options = {"scheme": scheme, "group_size": group_size}
             data, scales, _ = library_quantize(weights, dtype, options)
-            what = f"{name} in {group_size}"
+            what = f"{name} in {group_size}, {packing}"
             same_bits(np.frombuffer(table.column("quantized_data")[i].as_buffer(), np.uint8), data, what)
             same_bits(table.column("scales")[i].values.to_numpy(), scales, what)
 
@@ -241,6 +258,36 @@ def test_bitsandbytes_dequantizes_to_our_values(scheme: str) -> None:
         theirs = bitsandbytes.functional.dequantize_4bit(packed, state).numpy()
         ours = flightquant.dequantize(flightquant.quantize({name: weights}, scheme))[name]
         np.testing.assert_array_equal(ours, theirs, err_msg=name)  # the library's zeros have either sign
+
+
+def test_bitsandbytes_dequantizes_to_our_values_in_8_bits() -> None:
+    for name, weights in matrices("float32", seed=18).items():
+        codes, state = bitsandbytes.functional.quantize_blockwise(torch.from_numpy(weights))
+        theirs = bitsandbytes.functional.dequantize_blockwise(codes, state).numpy()
+        ours = flightquant.dequantize(flightquant.quantize({name: weights}, "bnb8"))[name]
+        same_bits(ours, theirs, name)
+
+
+def test_double_quantization_dequantizes_to_our_values() -> None:
+    for name, weights in matrices("float32", seed=19).items():
+        if np.abs(weights).max() > 1e30:
+            continue  # a mean beyond float32
+        packed, state = bitsandbytes.functional.quantize_4bit(
+            torch.from_numpy(weights), quant_type="nf4", compress_statistics=True
+        )
+        theirs = bitsandbytes.functional.dequantize_4bit(packed, state).numpy()
+        ours = flightquant.dequantize(flightquant.quantize({name: weights}, "nf4", packing="bnb-nested"))[name]
+        np.testing.assert_array_equal(ours, theirs, err_msg=name)
+
+
+def test_a_long_mean_is_that_of_one_thread() -> None:
+    """More scales than torch leaves to one thread by itself."""
+    weights = weights_like("normal", 32 * 70_001, "float32", np.random.default_rng(20)).reshape(1, -1)
+    options = {"scheme": "nf4", "group_size": 32, "packing": "bnb-nested"}
+    table = flightquant.quantize({"w": weights}, **options)
+    data, scales, _ = library_quantize(weights, "float32", options)
+    same_bits(np.frombuffer(table.column("quantized_data")[0].as_buffer(), np.uint8), data, "data")
+    same_bits(table.column("scales")[0].values.to_numpy(), scales, "scales")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

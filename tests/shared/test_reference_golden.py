@@ -13,7 +13,7 @@ from flightquant.spec import SCHEMES, Command
 @pytest.mark.parametrize("case", golden_cases(), ids=lambda case: case.name)
 def test_reference_is_the_library_bit_for_bit(case: GoldenCase) -> None:
     spec = Command.build(**case.options).layer_spec()
-    made = reference.quantize(case.weights, spec, case.dtype, measure=False)
+    made = reference.quantize(case.weights, spec, case.dtype, importance=case.importance, measure=False)
     same_bits(made.data, case.data, "data")
     assert (made.scales is None) == (case.scales is None)
     assert (made.zero_points is None) == (case.zero_points is None)

@@ -24,6 +24,7 @@ KEYS = (
     "scale_dtype",
     "on_error",
     "metrics",
+    "double_quant",
 )
 CODEBOOKS = ("nf4", "fp4")
 INTEGERS = ("int8", "int4", "int2", "int3", "int5", "int6", "int7")
@@ -84,6 +85,17 @@ def test_bit_width_chooses_among_the_widths_of_a_scheme() -> None:
     assert wide.override({"bit_width": 2}).layer_spec().scheme.bits == 2
     assert Command.parse({"scheme": "int8"}).override({"scheme": "arrowquant", "bit_width": 2}).bit_width == 2
     assert Command.parse({"scheme": "int8"}).override({"bit_width": 2}).scheme == "int2"
+
+
+def test_double_quant_is_short_for_a_packing() -> None:
+    nested = Command.parse({"scheme": "nf4", "packing": "bnb-nested"})
+    assert Command.parse({"scheme": "nf4", "double_quant": True}) == nested
+    assert Command.parse({"scheme": "nf4", "double_quant": True, "packing": "bnb-nested"}) == nested
+    assert Command.parse({"scheme": "nf4", "double_quant": False}) == Command.parse({"scheme": "nf4"})
+    assert nested.layer_spec().scheme.nested
+    for options in ({"scheme": "nf4", "packing": "bnb-hi-first"}, {"scheme": "int4"}):
+        error = refusal({**options, "double_quant": True})
+        assert error.field == "packing"
 
 
 def test_packing_chooses_among_the_layouts_of_a_scheme() -> None:

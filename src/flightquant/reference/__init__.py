@@ -17,7 +17,19 @@ import pyarrow as pa
 
 from flightquant.errors import InvalidRequestError, LayerError, clip_text
 from flightquant.quantized import quantized_batches
-from flightquant.reference import arrowquant, float8, gguf, integer, kquants, micro, mlx, nf4, packings, quality
+from flightquant.reference import (
+    arrowquant,
+    dynamic8,
+    float8,
+    gguf,
+    integer,
+    kquants,
+    micro,
+    mlx,
+    nf4,
+    packings,
+    quality,
+)
 from flightquant.reference.numeric import F32, widen
 from flightquant.spec import BLOCK_EDGE, SCHEMES, Command, LayerSpec, Size
 
@@ -46,11 +58,13 @@ def unit_length(spec: LayerSpec, cols: int) -> int:
 
 def packed_bytes(spec: LayerSpec, rows: Size, cols: Size) -> Size:
     """Bytes of ``quantized_data`` for a matrix, or for each of many."""
+    packed: Size
     if spec.scheme.flat:
-        return -(-rows * cols * spec.scheme.bits // 8)
+        packed = -(-rows * cols * spec.scheme.bits // 8)
+        return packed - (-rows * cols // spec.group_size) if spec.scheme.nested else packed
     if spec.scheme.block_bytes:
         return rows * (cols // spec.group_size) * spec.scheme.block_bytes
-    packed: Size = rows * spec.scheme.row_bytes(cols)
+    packed = rows * spec.scheme.row_bytes(cols)
     if spec.scheme.transposed:
         packed = packed + rows * (cols // (spec.group_size or cols)) * spec.scheme.bits // 8
     return packed
@@ -74,7 +88,8 @@ def scale_count(spec: LayerSpec, rows: int, cols: int) -> int:
         return 1
     if spec.granularity == "channel":
         return rows
-    return -(-rows * cols // spec.group_size) + spec.scheme.whole_scale
+    count = -(-rows * cols // spec.group_size) + spec.scheme.whole_scale
+    return -(-count // dynamic8.NESTED_BLOCK) + 1 if spec.scheme.nested else count
 
 
 def quantize(
@@ -82,10 +97,18 @@ def quantize(
     spec: LayerSpec,
     dtype: str,
     global_amax: float | None = None,
+    importance: F32 | None = None,
     *,
     measure: bool = True,
 ) -> QuantizedLayer:
     """Quantize a matrix of shape (rows, cols), not empty; bfloat16 comes as uint16.
+
+    Parameters
+    ----------
+    global_amax : float, optional
+        The magnitude of a tensor that this is a part of.
+    importance : float32 array of shape (cols,), optional
+        What an error in each column counts, in schemes that search.
 
     Raises
     ------
@@ -104,11 +127,16 @@ def quantize(
     scales: F32 | None = None
     zeros: F32 | None = None
     if spec.scheme.name in kquants.SCHEMES:
-        data = kquants.quantize(weights, spec.scheme.name, dtype)
+        data = kquants.quantize(weights, spec.scheme.name, dtype, importance)
     elif spec.scheme.block_bytes:
         data = gguf.quantize(weights, spec.scheme.name, dtype)
+    elif spec.scheme.name == "bnb8":
+        data, scales = dynamic8.quantize(weights, spec.group_size, dtype)
     elif spec.scheme.flat:
         data, scales = nf4.quantize(weights, spec.scheme.name, spec.group_size, dtype)
+        if spec.scheme.nested:
+            codes, scales = dynamic8.nest(scales)
+            data = np.concatenate([data, codes])
     elif spec.scheme.name in micro.SCHEMES:
         data, scales = micro.quantize(weights, spec, dtype, global_amax)
     elif spec.scheme.name in float8.FORMATS:
@@ -144,6 +172,11 @@ def dequantize_matrix(
         return gguf.dequantize(data, spec.scheme.name, spec.scheme.block_bytes, rows, cols)
     if scales is None:
         raise InvalidRequestError(f"{spec.scheme.name} needs scales", field="scales", expected="list<float32>")
+    if spec.scheme.name == "bnb8":
+        return dynamic8.dequantize(data, scales, spec.group_size).reshape(rows, cols)
+    if spec.scheme.nested:
+        packed = -(-rows * cols // 2)
+        data, scales = data[:packed], dynamic8.unnest(data[packed:], scales)
     if spec.scheme.flat:
         return nf4.dequantize(data, scales, spec.scheme.name, spec.group_size, rows, cols)
     if spec.scheme.name in micro.SCHEMES:
