@@ -329,12 +329,17 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
+FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+"""What llama.cpp takes for rows that are no multiple of 256, but of 32."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
     """How one layer is quantized, with every default filled in.
 
     ``scheme`` is the variant asked for. ``group_size`` is 128, the edge of a block, with granularity ``block``, and 0
     unless the granularity is that or ``group``; ``scale_dtype`` is None for "the weights' own dtype".
+    ``fallback``: another scheme is taken for rows that no block divides.
     """
 
     scheme: Scheme
@@ -342,6 +347,17 @@ class LayerSpec:
     group_size: int
     symmetric: bool
     scale_dtype: str | None
+    fallback: bool = False
+
+    def fitting(self, cols: int) -> LayerSpec:
+        """These options, or with ``fallback`` those of the scheme in their place for rows of ``cols`` weights."""
+        name = FALLBACKS.get(self.scheme.name)
+        if not self.fallback or name is None or cols % self.group_size == 0:
+            return self
+        scheme = SCHEMES[name]
+        if cols % scheme.group_sizes[0]:
+            return self
+        return LayerSpec(scheme, "group", scheme.group_sizes[0], True, None)
 
     @property
     def takes_magnitude(self) -> bool:
@@ -378,6 +394,7 @@ _KEYS: dict[str, tuple[type, str]] = {
     "group_size": (int, "an integer"),
     "symmetric": (bool, "true or false"),
     "scale_dtype": (str, "a string"),
+    "fallback": (bool, "true or false"),
     "on_error": (str, "a string"),
     "metrics": (bool, "true or false"),
     "double_quant": (bool, "true or false"),
@@ -429,6 +446,7 @@ class Command:
     group_size: int | None = None
     symmetric: bool = True
     scale_dtype: str | None = None
+    fallback: bool = False
     on_error: str = "row"
     metrics: bool = True
     dtype: str = "float32"
@@ -604,6 +622,8 @@ def _override(command: Command, overrides: tuple[tuple[str, Any], ...]) -> Comma
             fallback["scale_dtype"] = None
         if changed.packing not in (None, *scheme.packings) and given.get("packing") is None:
             fallback["packing"] = None
+        if changed.fallback and scheme.packing != "gguf":
+            fallback["fallback"] = False
         changed = replace(changed, **fallback)
     changed.layer_spec()
     return changed
@@ -645,4 +665,6 @@ def _layer_spec(command: Command) -> LayerSpec:
         allowed = scheme.scale_dtypes or "no such key"
         raise _refuse("scale_dtype", command.scale_dtype, allowed, f"{scheme.name} has no such scale dtype")
     symmetric = command.symmetric and not scheme.always_zero_points
-    return LayerSpec(scheme, granularity, group_size, symmetric, command.scale_dtype)
+    if command.fallback and scheme.packing != "gguf":
+        raise _refuse("fallback", command.fallback, "false", f"{scheme.name} has no scheme to fall back to")
+    return LayerSpec(scheme, granularity, group_size, symmetric, command.scale_dtype, command.fallback)

@@ -119,6 +119,7 @@ def quantize(
         NaN or infinity among the weights (as float32), or a group that does not divide the row.
     """
     rows, cols = weights.shape
+    spec = spec.fitting(cols)
     wide = widen(weights, dtype)
     bad = np.flatnonzero(~np.isfinite(wide))
     if bad.size:
