@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from weakref import WeakSet
 
+import numpy.typing as npt
 import pyarrow as pa
 
 from flightquant.client.calls import Cancellation, Placed, Progress
@@ -17,6 +19,8 @@ from flightquant.client.connection import Credentials
 from flightquant.client.exchange import STALL_SECONDS
 from flightquant.client.retry import Retry
 from flightquant.spec import Command
+
+Result = TypeVar("Result")
 
 
 class AsyncQuantClient:
@@ -96,6 +100,7 @@ class AsyncQuantClient:
         symmetric: bool | None = None,
         scale_dtype: str | None = None,
         importance: Mapping[str, Any] | None = None,
+        fallback: bool | None = None,
         on_error: str | None = None,
         metrics: bool | None = None,
         progress: Progress | None = None,
@@ -109,17 +114,33 @@ class AsyncQuantClient:
             group_size=group_size,
             symmetric=symmetric,
             scale_dtype=scale_dtype,
+            fallback=fallback,
             on_error=on_error,
             metrics=metrics,
         )
+        told = _on_loop(progress, asyncio.get_running_loop())
+        return await self._run(self._client._quantize, weights, command, importance, told)
+
+    async def amax(self, weights: Any) -> pa.Table:
+        """As :meth:`QuantClient.amax`."""
+        return await self._run(self._client._amax, weights)
+
+    async def dequantize(
+        self, answers: pa.Table | pa.RecordBatch, *, dtype: str = "float32"
+    ) -> dict[str, npt.NDArray[Any]]:
+        """As :meth:`QuantClient.dequantize`."""
+        return await self._run(self._client._dequantize, answers, dtype)
+
+    async def verify(self, weights: Any, answers: pa.Table | pa.RecordBatch) -> pa.Table:
+        """As :meth:`QuantClient.verify`."""
+        return await self._run(self._client._verify, weights, answers)
+
+    async def _run(self, call: Callable[..., Result], *given: Any) -> Result:
+        """A call on a thread of its own, which ends with this task."""
         cancellation = Cancellation()
         worker = self._worker()
-        loop = asyncio.get_running_loop()
         try:
-            told = _on_loop(progress, loop)
-            return await loop.run_in_executor(
-                worker, self._client._quantize, weights, command, importance, told, cancellation
-            )
+            return await asyncio.get_running_loop().run_in_executor(worker, partial(call, *given, cancellation))
         finally:
             cancellation.now()
             worker.shutdown(wait=False)
@@ -136,6 +157,7 @@ class AsyncQuantClient:
         symmetric: bool | None = None,
         scale_dtype: str | None = None,
         importance: Mapping[str, Any] | None = None,
+        fallback: bool | None = None,
         on_error: str | None = None,
         metrics: bool | None = None,
         progress: Progress | None = None,
@@ -149,6 +171,7 @@ class AsyncQuantClient:
             group_size=group_size,
             symmetric=symmetric,
             scale_dtype=scale_dtype,
+            fallback=fallback,
             on_error=on_error,
             metrics=metrics,
         )

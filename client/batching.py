@@ -113,8 +113,8 @@ def cut(shape: tuple[int, ...], itemsize: int, spec: LayerSpec) -> list[tuple[in
 
 
 def _can_cut(shape: tuple[int, ...], spec: LayerSpec) -> bool:
-    if spec.scheme.nested:
-        # The scales' mean is that of the whole.
+    if spec.scheme.nested or (spec.scheme.rule == "onnx" and len(shape) == 1):
+        # The scales' mean is that of the whole; two zero points of a row share a byte.
         return False
     if spec.granularity == "tensor":
         # One scale for all: the parts can be told the magnitude of the whole, but not its smallest and largest value.
@@ -177,7 +177,7 @@ def pack(layers: Iterable[Layer], command: Command, *, importance: bool = False)
                     batch = _with_column(batch, "global_amax", pa.array([amax], pa.float32()))
                 yield Request(batch, batch_bytes(batch), _part(first, last, layer.shape, None, spec))
             continue
-        _check_message(layer.name, layer.nbytes)
+        check_message(layer.name, layer.nbytes)
         pending.append(layer)
         if held + layer.nbytes >= MIN_BYTES:
             yield _joined(pending, with_amax, importance)
@@ -197,7 +197,8 @@ def _joined(layers: list[Layer], with_amax: bool, importance: bool) -> Request:
     return Request(batch, sum(layer.nbytes for layer in layers))
 
 
-def _check_message(name: str, nbytes: int) -> None:
+def check_message(name: str, nbytes: int) -> None:
+    """Raise TooLargeError for a layer of more bytes than a message can have."""
     if nbytes > MESSAGE_LIMIT:
         raise TooLargeError(
             f'layer "{name}" has {nbytes} bytes and cannot be sent in parts with this scheme, granularity and shape; '
@@ -241,7 +242,7 @@ def _reslice_batch(batch: pa.RecordBatch, command: Command) -> Iterator[Request]
             begin = row + 1
             continue
         if nbytes > MAX_BYTES:
-            _check_message(str(batch.column("layer_name")[row]), nbytes)
+            check_message(str(batch.column("layer_name")[row]), nbytes)
         held += nbytes
     if begin < batch.num_rows:
         yield Request(batch.slice(begin), held)

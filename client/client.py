@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from itertools import groupby
+from operator import itemgetter
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from flightquant import wire
-from flightquant.client import in_process
+from flightquant.client import in_process, taken_back
 from flightquant.client.batching import by_dtype, pack, reslice
 from flightquant.client.calls import Call, Cancellation, Placed, Progress, Settings
 from flightquant.client.connection import Credentials
@@ -21,6 +25,7 @@ from flightquant.client.weights import as_batches, opened
 from flightquant.layers import as_layer, named_layers, refuse_importance, with_importance
 from flightquant.spec import Command
 
+_ROWS = Command.build(scheme="int8")
 LOCAL = "local"
 """The address of this process's own kernels."""
 
@@ -102,6 +107,7 @@ class QuantClient:
         symmetric: bool | None = None,
         scale_dtype: str | None = None,
         importance: Mapping[str, Any] | None = None,
+        fallback: bool | None = None,
         on_error: str | None = None,
         metrics: bool | None = None,
         progress: Progress | None = None,
@@ -114,7 +120,8 @@ class QuantClient:
             NumPy, torch, ml_dtypes and pyarrow arrays of float32, float16, bfloat16 or float64 (dtypes may be mixed), a
             pyarrow Table, RecordBatch or reader, any ``__arrow_c_stream__``, and whatever
             :func:`flightquant.client.open_source` opens: of that, the float tensors.
-        scheme, bit_width, packing, granularity, group_size, symmetric, scale_dtype, importance, on_error, metrics
+        scheme, bit_width, packing, granularity, group_size, symmetric, scale_dtype, importance, fallback, on_error
+        metrics
             As in the local call; None: the server's default.
         progress : callable, optional
             Called with ``(layer_name, fraction)`` as answers arrive; the fraction is that layer's.
@@ -139,6 +146,7 @@ class QuantClient:
             group_size=group_size,
             symmetric=symmetric,
             scale_dtype=scale_dtype,
+            fallback=fallback,
             on_error=on_error,
             metrics=metrics,
         )
@@ -153,15 +161,107 @@ class QuantClient:
         cancellation: Cancellation,
     ) -> pa.Table:
         with opened(weights) as held:
-            placed = self._stream(held, command, importance, progress, cancellation)
-            answers = sorted(placed, key=lambda each: each[0])
-            batches = [batch for _, batch in answers]
+            batches = _sorted(self._stream(held, command, importance, progress, cancellation))
             if not batches:
                 schema = held.schema if isinstance(held, pa.Table | pa.RecordBatch) else pa.schema([])
-                return wire.answer_schema(schema).empty_table()
+                made = wire.amax_schema if command.op == "amax" else wire.answer_schema
+                return made(schema).empty_table()
             if isinstance(held, Mapping):
                 batches = _in_order(batches, list(held))
         return pa.Table.from_batches(batches)
+
+    def amax(self, weights: Any) -> pa.Table:
+        """The largest magnitude of each layer: the same table as :func:`flightquant.amax` gives, costs aside.
+
+        Parameters
+        ----------
+        weights
+            As for :meth:`quantize`.
+
+        Raises
+        ------
+        FlightquantError
+            As :meth:`quantize`.
+        """
+        return self._amax(weights, Cancellation())
+
+    def _amax(self, weights: Any, cancellation: Cancellation) -> pa.Table:
+        if self._servers is not None:
+            return self._quantize(weights, Command.build(op="amax"), None, None, cancellation)
+        from flightquant import amax
+
+        with opened(weights) as held:
+            return amax(held, n_threads=self._n_threads)
+
+    def dequantize(self, answers: pa.Table | pa.RecordBatch, *, dtype: str = "float32") -> dict[str, npt.NDArray[Any]]:
+        """Quantized layers as arrays of their own shapes, by name: what :func:`flightquant.dequantize` gives.
+
+        Parameters
+        ----------
+        answers : Table or RecordBatch
+            What :meth:`quantize` gave, whole layers or parts; the columns that the scheme needs suffice.
+        dtype : {"float32", "float16"}
+            Of the arrays.
+
+        Raises
+        ------
+        LayerError
+            A row whose status is not ``ok``, or that the server cannot restore.
+        InvalidRequestError, TooLargeError
+            A column is missing, or a row stands for more than a message can hold.
+        FlightquantError
+            As :meth:`quantize`.
+        """
+        return self._dequantize(answers, dtype, Cancellation())
+
+    def _dequantize(
+        self, answers: pa.Table | pa.RecordBatch, dtype: str, cancellation: Cancellation
+    ) -> dict[str, npt.NDArray[Any]]:
+        command = Command.build(op="dequantize", dtype=dtype)
+        if self._servers is None:
+            from flightquant import dequantize
+
+            return dequantize(answers, dtype=dtype, n_threads=self._n_threads)
+        requests = taken_back.to_restore(answers, np.dtype(dtype).itemsize)
+        call = Call(command, self._deadline(), None, cancellation)
+        return taken_back.arrays(_sorted(self._servers.answers(requests, call, 0)), answers)
+
+    def verify(self, weights: Any, answers: pa.Table | pa.RecordBatch) -> pa.Table:
+        """Compare quantized layers with weights: the same table as :func:`flightquant.verify` gives.
+
+        Parameters
+        ----------
+        weights
+            As for :meth:`quantize`: at least every layer that the answers name.
+        answers : Table or RecordBatch
+            What :meth:`quantize` gave.
+
+        Raises
+        ------
+        InvalidRequestError
+            A layer has no weights, or a column is missing.
+        FlightquantError
+            As :meth:`quantize`.
+        """
+        return self._verify(weights, answers, Cancellation())
+
+    def _verify(self, weights: Any, answers: pa.Table | pa.RecordBatch, cancellation: Cancellation) -> pa.Table:
+        with opened(weights) as held:
+            if self._servers is None:
+                from flightquant import verify
+
+                return verify(held, answers, n_threads=self._n_threads)
+            call = Call(Command.build(op="verify"), self._deadline(), None, cancellation)
+            batches = []
+            # One stream has one schema, and with it one dtype of weights.
+            for i, (_, run) in enumerate(groupby(taken_back.to_verify(held, answers), key=itemgetter(0))):
+                requests = (request for _, request in run)
+                batches += _sorted(self._servers.answers(requests, call, i))
+        return taken_back.verified(batches)
+
+    def _deadline(self) -> float | None:
+        timeout_s = self._settings.timeout_s
+        return None if timeout_s is None else time.monotonic() + timeout_s
 
     def stream(
         self,
@@ -175,6 +275,7 @@ class QuantClient:
         symmetric: bool | None = None,
         scale_dtype: str | None = None,
         importance: Mapping[str, Any] | None = None,
+        fallback: bool | None = None,
         on_error: str | None = None,
         metrics: bool | None = None,
         progress: Progress | None = None,
@@ -194,6 +295,7 @@ class QuantClient:
             group_size=group_size,
             symmetric=symmetric,
             scale_dtype=scale_dtype,
+            fallback=fallback,
             on_error=on_error,
             metrics=metrics,
         )
@@ -208,8 +310,9 @@ class QuantClient:
         cancellation: Cancellation,
     ) -> Iterator[Placed]:
         """Answer batches as they come, each with its place in the call."""
-        timeout_s = self._settings.timeout_s
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        deadline = self._deadline()
+        # Magnitudes are found in parts of whole rows.
+        cut = _ROWS if command.op == "amax" else command
         with opened(weights) as held:
             if self._servers is None:
                 yield from in_process.answers(
@@ -219,18 +322,22 @@ class QuantClient:
             call = Call(command, deadline, progress, cancellation)
             if not isinstance(held, Mapping):
                 refuse_importance(importance)
-                yield from self._servers.answers(reslice(as_batches(held), command), call, 0)
+                yield from self._servers.answers(reslice(as_batches(held), cut), call, 0)
                 return
             # One stream has one dtype. Names, not tensors, wait for their turn: a mapping may load lazily.
             waiting: dict[str, list[str]] = {}
             everything = named_layers(held, importance)
             weighted = importance is not None
-            requests = pack(by_dtype(everything, waiting), command, importance=weighted)
+            requests = pack(by_dtype(everything, waiting), cut, importance=weighted)
             yield from self._servers.answers(requests, call, 0)
             for i, (dtype, names) in enumerate(waiting.items(), 1):
                 layers = (with_importance(as_layer(name, held[name]), importance) for name in names)
-                requests = pack(by_dtype(layers, {}, dtype), command, importance=weighted)
+                requests = pack(by_dtype(layers, {}, dtype), cut, importance=weighted)
                 yield from self._servers.answers(requests, call, i)
+
+
+def _sorted(answers: Iterator[Placed]) -> list[pa.RecordBatch]:
+    return [batch for _, batch in sorted(answers, key=itemgetter(0))]
 
 
 def _in_order(batches: list[pa.RecordBatch], names: list[str]) -> list[pa.RecordBatch]:

@@ -78,7 +78,10 @@ class _Parts:
             "shape": pa.array([list(part.shape)], base.schema.field("shape").type),
             "row_offset": pa.array([part.row_offset], pa.int64()),
         }
-        if bad is None:
+        if bad is None and "amax" in base.schema.names:
+            largest = max(batch.column("amax")[0].as_py() for batch in batches)
+            changed["amax"] = pa.array([largest], pa.float32())
+        elif bad is None:
             if not part.one_scale:
                 changed["scales"] = _joined_lists(batches, "scales", shared=int(part.whole_scale))
                 changed["zero_points"] = _joined_lists(batches, "zero_points")
@@ -91,7 +94,7 @@ class _Parts:
             changed |= self._quality(base)
         else:
             changed["error"] = pa.array([self._error(bad)], pa.utf8())
-        for name in _COSTS:
+        for name in set(_COSTS) & set(base.schema.names):
             total = sum(batch.column(name)[0].as_py() or 0 for batch in batches)
             changed[name] = pa.array([total], pa.int64())
         arrays = [changed.get(name, base.column(name)) for name in base.schema.names]
@@ -101,10 +104,15 @@ class _Parts:
         """The bytes of the whole layer."""
         parts = [batch.column("quantized_data")[0].as_buffer() for batch in batches]
         base = batches[0]
-        if base.column("packing")[0].as_py() not in TRANSPOSED:
+        packing = base.column("packing")[0].as_py()
+        if packing not in (*TRANSPOSED, "onnx"):
             return b"".join(parts)
-        spec = Command.build(scheme=base.column("scheme")[0].as_py(), packing=base.column("packing")[0].as_py())
+        spec = Command.build(scheme=base.column("scheme")[0].as_py(), packing=packing)
         shapes = [matrix_shape(tuple(batch.column("shape")[0].as_py())) for batch in batches]
+        if packing == "onnx":
+            codes = [rows * cols * spec.layer_spec().scheme.bits // 8 for rows, cols in shapes]
+            both = list(zip(parts, codes, strict=True))
+            return b"".join([*(part[:size] for part, size in both), *(part[size:] for part, size in both)])
         return packings.join(parts, [rows for rows, _ in shapes], spec.layer_spec(), shapes[0][1])
 
     def _error(self, bad: int) -> str | None:

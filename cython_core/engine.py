@@ -263,7 +263,7 @@ class Session:
                 work.note_failures()
                 self._abort_on(checked)
         answer = build_answer(batch, checked, work, self._command, self.schema)
-        return Answer(answer, work.row_sums, seconds, answer, self._add_up(work))
+        return Answer(answer, work.row_sums, seconds, answer, self._add_up(checked, work.total_out, work.kernel_ns))
 
     def _check_call_bytes(self, checked: CheckedBatch) -> None:
         limit = self._limits.max_call_bytes
@@ -285,15 +285,14 @@ class Session:
             name = clip_text(checked.names[row].as_py(), 200)
             raise LayerError(status, f'layer "{name}" (row {self.end.rows + row}): {status}: {text}', got=status)
 
-    def _add_up(self, work: _Work) -> EndMessage:
+    def _add_up(self, checked: CheckedBatch, bytes_out: int, kernel_ns: int) -> EndMessage:
         """The totals of a batch, which also join those of the call."""
-        checked = work.checked
         batch = EndMessage(
             rows=len(checked.lengths),
             batches=1,
             bytes_in=checked.total * self.value_bytes,
-            bytes_out=work.total_out,
-            kernel_ns=work.kernel_ns,
+            bytes_out=bytes_out,
+            kernel_ns=kernel_ns,
             failed_rows=len(checked.failures),
         )
         self.end.add(batch)
@@ -311,7 +310,9 @@ class _Work:
         self.checked = checked
         self.request = request
         self.specs: list[LayerSpec] = [command.layer_spec()]
+        self._numbers = {self.specs[0]: 0}
         self.spec_of_row = self._resolve(read_overrides(batch, request), command)
+        self._fall_back()
         amax = read_global_amax(batch, request, checked.failures)
         importance, self._importance_holder = read_importance(batch, request, checked)
         self._refuse_uneven()
@@ -324,7 +325,7 @@ class _Work:
         offsets = np.empty((3, count + 1), np.int64)
         self.bytes_out = np.empty(count, np.int64)
         made, scratch, self.total_out = lay_out(
-            _spec_table(tuple(self.specs), request.dtype),
+            spec_table(tuple(self.specs), request.dtype),
             self.spec_of_row,
             checked.starts,
             checked.lengths,
@@ -356,7 +357,6 @@ class _Work:
         chosen = np.zeros(len(self.checked.lengths), np.int64)
         if overrides is None:
             return chosen
-        known: dict[LayerSpec, int] = {self.specs[0]: 0}
         for i, given in enumerate(overrides):
             if not given:
                 continue
@@ -365,10 +365,23 @@ class _Work:
             except InvalidRequestError as error:
                 self.checked.failures.setdefault(i, ("unsupported", error.message))
                 continue
-            chosen[i] = known.setdefault(spec, len(known))
-            if chosen[i] == len(self.specs):
-                self.specs.append(spec)
+            chosen[i] = self._number(spec)
         return chosen
+
+    def _number(self, spec: LayerSpec) -> int:
+        """Index of a spec in the list, to which it is added."""
+        number = self._numbers.setdefault(spec, len(self.specs))
+        if number == len(self.specs):
+            self.specs.append(spec)
+        return number
+
+    def _fall_back(self) -> None:
+        """Give rows that no block divides the scheme that takes the place of theirs, where that is asked for."""
+        cols = self.checked.matrix[:, 1]
+        for number in [k for k, spec in enumerate(self.specs) if spec.fallback]:
+            spec = self.specs[number]
+            for i in np.flatnonzero((self.spec_of_row == number) & (cols > 0) & (cols % spec.group_size != 0)):
+                self.spec_of_row[i] = self._number(spec.fitting(int(cols[i])))
 
     def _refuse_uneven(self) -> None:
         """A group never crosses a row, so it must divide it, unless groups run over the flat tensor."""
@@ -429,12 +442,12 @@ def _row_divisor(spec: LayerSpec) -> int:
 
 
 @lru_cache(maxsize=256)
-def _spec_table(specs: tuple[LayerSpec, ...], dtype: str) -> npt.NDArray[np.int64]:
+def spec_table(specs: tuple[LayerSpec, ...], dtype: str) -> npt.NDArray[np.int64]:
     """The specs as ``lay_out`` takes them, one row of SPEC_FIELDS each."""
     return np.array(
         [
             (
-                FAMILIES[spec.scheme.name],
+                FAMILIES[spec.scheme.family],
                 DTYPES[dtype],
                 DTYPES[spec.arithmetic_for(dtype)],
                 DTYPES.get(spec.scale_dtype_for(dtype), DTYPES["float32"]),

@@ -12,12 +12,13 @@ import pyarrow as pa
 
 from flightquant import reference
 from flightquant.cython_core.engine import Between, Engine, Limits
+from flightquant.cython_core.magnitude import AmaxSession, amax_of_layers
 from flightquant.cython_core.restore import QuantizedSession, restore_arrays
 from flightquant.errors import LayerError
 from flightquant.layers import Layer, as_reader, named_layers, refuse_importance
 from flightquant.quantized import quantized_batches, with_weights
 from flightquant.spec import Command
-from flightquant.wire import ANSWER_FIELDS, answer_schema, verified_schema
+from flightquant.wire import ANSWER_FIELDS, amax_schema, answer_schema, verified_schema
 
 _UNLIMITED = Limits(max_rows=2**31 - 1, max_layer_bytes=2**62, max_batch_bytes=2**62, max_name_bytes=2**31 - 1)
 
@@ -43,6 +44,7 @@ def quantize(
     symmetric: bool | None = None,
     scale_dtype: str | None = None,
     importance: Mapping[str, Any] | None = None,
+    fallback: bool | None = None,
     on_error: str | None = None,
     metrics: bool | None = None,
     n_threads: int | None = None,
@@ -73,6 +75,9 @@ def quantize(
         What an error in each column (input feature) of a layer counts, by layer name: finite numbers of 0 or more, as
         in llama.cpp's importance matrix. For the schemes that search (``q2_k`` to ``q6_k``, ``iq4_nl``); others ignore
         it. Layers that it does not name have none. Arrow data has a column ``importance`` instead.
+    fallback : bool, optional
+        True: rows that are no multiple of 256, but of 32, get the scheme that llama.cpp takes there in place of a
+        k-quant; the answer names it.
     on_error : {"row", "abort"}, optional
         Whether a bad layer becomes a row that says so (default) or raises.
     metrics : bool, optional
@@ -100,6 +105,7 @@ def quantize(
         group_size=group_size,
         symmetric=symmetric,
         scale_dtype=scale_dtype,
+        fallback=fallback,
         on_error=on_error,
         metrics=metrics,
     )
@@ -150,6 +156,41 @@ def runs(layers: Iterator[Layer], max_bytes: int = MAX_JOINED_BYTES) -> Iterator
         nbytes += layer.nbytes
     if run:
         yield run
+
+
+def amax(weights: Any, *, n_threads: int | None = None) -> pa.Table:
+    """The largest magnitude of each layer, as float32.
+
+    Layers that a kernel runs as one (query, key and value; gate and up), and parts of one layer, need one scale of the
+    whole tensor in ``nvfp4`` and with granularity ``tensor``: the largest of theirs, as ``global_amax`` of each.
+
+    Parameters
+    ----------
+    weights : mapping, Table, RecordBatch, RecordBatchReader or object with ``__arrow_c_stream__``
+        As for ``quantize``.
+    n_threads : int, optional
+        Compute threads; by default the CPUs that the process may use.
+
+    Returns
+    -------
+    Table
+        One row for each layer: ``layer_name``, ``shape``, ``row_offset``, ``status``, ``error``, ``amax`` (0 of an
+        empty layer, null of one that is bad), ``kernel_ns``, ``bytes_in``.
+
+    Raises
+    ------
+    InvalidRequestError
+        A column or a dtype is not what the contract allows.
+    """
+    engine = shared_engine(n_threads)
+    if isinstance(weights, Mapping):
+        answers = list(amax_of_layers(engine, _alike(named_layers(weights))))
+        return pa.Table.from_batches(answers, schema=None if answers else amax_schema(pa.schema([])))
+    reader = as_reader(weights)
+    session = AmaxSession(engine, reader.schema, Command.build(op="amax"), _UNLIMITED)
+    return pa.Table.from_batches(
+        [session.quantize(batch).batch for batch in reader if batch.num_rows], schema=session.schema
+    )
 
 
 def dequantize(

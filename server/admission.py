@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from flightquant.errors import DeadlineError, DrainingError, OverloadedError
 from flightquant.server.calls import Call
@@ -16,6 +17,14 @@ RETRY_AFTER_S = 1.0
 POLL_S = 0.1
 OPEN_FACTOR = 8
 """Calls that are open, silent ones included, may be so many times those that may run: each has a thread."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Queued:
+    """A call that waits to be let in, and what it is woken by."""
+
+    call: Call
+    turn: threading.Condition
 
 
 class Admission:
@@ -50,9 +59,10 @@ class Admission:
         self.idle_s = idle_s
         self._max_queued = max_queued
         self._queue_s = queue_s
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
         self._running: dict[int, Call] = {}
-        self._queue: list[Call] = []
+        self._queue: list[_Queued] = []
         self._silent = 0
         self._peak = 0
         self._bytes = 0
@@ -114,63 +124,82 @@ class Admission:
             There are too many calls, or the calls hold too many bytes, and there is no room in the queue or was none in
             time.
         """
-        with self._changed:
+        self._check_draining()
+        # Without the lock: thousands of refused calls, as a flood brings them, must not stand in line for it.
+        reached = self._reached()
+        if reached is not None and len(self._queue) >= self._max_queued and not self._idle():
+            raise self._overloaded(*reached)
+        with self._lock:
             self._check_draining()
-            refusal = self._refusal()
-            if refusal is not None or self._queue:
+            self._take_back()
+            reached = self._reached()
+            if reached is not None or self._queue:
                 if len(self._queue) >= self._max_queued:
-                    raise refusal or self._overloaded("max_queued", len(self._queue), self._max_queued)
+                    raise self._overloaded(*(reached or ("max_queued", len(self._queue), self._max_queued)))
                 self._wait_in_queue(call)
-            self._running[id(call)] = call
+            else:
+                self._running[id(call)] = call
             self._peak = max(self._peak, len(self._running))
             call.admitted = True
 
     def _wait_in_queue(self, call: Call) -> None:
-        self._queue.append(call)
+        queued = _Queued(call, threading.Condition(self._lock))
+        self._queue.append(queued)
         until = time.monotonic() + self._queue_s
         try:
             while True:
-                refusal = self._refusal()
-                if refusal is None and call is self._first():
+                self._take_back()
+                reached = self._reached()
+                if reached is None and queued is self._first():
+                    self._running[id(call)] = call
                     return
                 left = until - time.monotonic()
                 if left <= 0:
-                    raise refusal or self._overloaded("max_queued", len(self._queue), self._max_queued)
-                self._changed.wait(min(left, POLL_S))
+                    raise self._overloaded(*(reached or ("max_queued", len(self._queue), self._max_queued)))
+                queued.turn.wait(min(left, POLL_S))
                 self._check_draining()
         finally:
-            # By identity: calls are equal if they say the same.
-            self._queue = [other for other in self._queue if other is not call]
-            self._changed.notify_all()
+            self._queue.remove(queued)
+            self._call_first()
 
-    def _first(self) -> Call:
+    def _first(self) -> _Queued:
         """Of those who wait, who came first of the identity with the fewest running calls."""
         running = Counter(call.identity.name for call in self._running.values())
-        return min(self._queue, key=lambda call: running[call.identity.name])
+        return min(self._queue, key=lambda queued: running[queued.call.identity.name])
+
+    def _call_first(self) -> None:
+        """Wake the one that can come in now, if any: waking all of them for one place costs more than the calls do."""
+        if self._queue and self._reached() is None:
+            self._first().turn.notify()
 
     def _check_draining(self) -> None:
         if self._draining:
             raise DrainingError("the server is stopping; repeat the call elsewhere", retry_after_s=RETRY_AFTER_S)
 
-    def _refusal(self) -> OverloadedError | None:
-        """Why no call can come in now; None if one can."""
+    def _reached(self) -> tuple[str, int, int] | None:
+        """The limit that keeps calls from coming in now: its name, what there is, and it; None if there is room."""
+        running = len(self._running)
         if self._bytes >= self.max_bytes:
-            return self._overloaded("max_bytes_in_flight", self._bytes, self.max_bytes)
-        if len(self._running) >= self.max_calls:
-            self._take_back()
-        if len(self._running) >= self.max_calls:
-            return self._overloaded("max_calls", len(self._running), self.max_calls)
-        if len(self._running) + self._silent >= self.max_calls * OPEN_FACTOR:
-            return self._overloaded("max_calls", len(self._running) + self._silent, self.max_calls * OPEN_FACTOR)
+            return "max_bytes_in_flight", self._bytes, self.max_bytes
+        if running >= self.max_calls:
+            return "max_calls", running, self.max_calls
+        if running + self._silent >= self.max_calls * OPEN_FACTOR:
+            return "max_calls", running + self._silent, self.max_calls * OPEN_FACTOR
         return None
 
-    def _take_back(self) -> None:
-        """Take the places of calls whose clients have been silent for too long."""
+    def _idle(self) -> list[Call]:
+        """Running calls whose clients have been silent for too long."""
         until = time.monotonic() - self.idle_s
-        for call in [call for call in self._running.values() if call.silent_since < until]:
+        return [call for call in list(self._running.values()) if call.silent_since < until]
+
+    def _take_back(self) -> None:
+        """If all places are taken, take those of idle calls."""
+        if len(self._running) < self.max_calls:
+            return
+        for call in self._idle():
             del self._running[id(call)]
-            call.admitted = False
             call.gave_place = True
+            call.admitted = False
             self._silent += 1
 
     @staticmethod
@@ -190,14 +219,16 @@ class Admission:
 
     def leave(self, call: Call) -> None:
         """The call is over: it counts no longer, nor does what it held."""
-        self.hold(call, 0)
-        with self._changed:
+        if not (call.admitted or call.gave_place or call.bytes_held):
+            return  # a refused one, of which there may be thousands at once: no lock
+        with self._lock:
+            self._hold(call, 0)
             if self._running.pop(id(call), None) is not None:
                 call.admitted = False
             elif call.gave_place:
                 self._silent -= 1
                 call.gave_place = False
-            self._changed.notify_all()
+            self._call_first()
 
     @contextmanager
     def listening(self, call: Call) -> Iterator[None]:
@@ -212,7 +243,7 @@ class Admission:
         try:
             yield
         finally:
-            with self._changed:
+            with self._lock:
                 call.silent_since = math.inf
                 gone = call.gave_place
         if gone or time.monotonic() - started > self.idle_s:
@@ -224,12 +255,18 @@ class Admission:
 
     def hold(self, call: Call, nbytes: int) -> None:
         """The call holds ``nbytes`` of batches from now on, in place of what it held before."""
-        with self._changed:
-            self._bytes += nbytes - call.bytes_held
-            grew = nbytes > call.bytes_held
-            call.bytes_held = nbytes
-            if not grew:
-                self._changed.notify_all()
+        with self._lock:
+            if self._hold(call, nbytes):
+                self._call_first()
+
+    def _hold(self, call: Call, nbytes: int) -> bool:
+        """Whether bytes were given back."""
+        less = nbytes < call.bytes_held
+        self._bytes += nbytes - call.bytes_held
+        call.bytes_held = nbytes
+        if less:
+            self._room.notify_all()
+        return less
 
     def wait_for_room(self, check: Callable[[], None]) -> None:
         """Return when another batch may be read.
@@ -239,13 +276,13 @@ class Admission:
         check : callable
             Called ten times a second while waiting; what it raises ends the wait.
         """
-        with self._changed:
+        with self._lock:
             if self._bytes < self.max_bytes:
                 return
             self._waiting += 1
             try:
                 while self._bytes >= self.max_bytes:
                     check()
-                    self._changed.wait(POLL_S)
+                    self._room.wait(POLL_S)
             finally:
                 self._waiting -= 1

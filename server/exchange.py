@@ -10,6 +10,7 @@ import pyarrow as pa
 from pyarrow import flight
 
 from flightquant.cython_core.engine import Answer, Engine, Limits, Session
+from flightquant.cython_core.magnitude import AmaxSession
 from flightquant.cython_core.restore import QuantizedSession
 from flightquant.errors import DeadlineError, DrainingError, FlightquantError, InvalidRequestError, TooLargeError
 from flightquant.server.admission import RETRY_AFTER_S, Admission
@@ -88,6 +89,8 @@ class Exchange:
     def _open(self, schema: pa.Schema, command: Command) -> Session | QuantizedSession:
         if command.op == "quantize":
             return self._engine.session(schema, command, self._limits)
+        if command.op == "amax":
+            return AmaxSession(self._engine, schema, command, self._limits)
         return QuantizedSession(self._engine, schema, command, self._limits)
 
     def _receive(self, call: Call, step: _Step, reader: Any) -> Any:

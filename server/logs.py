@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
 import sys
+import threading
 import time
 from typing import TextIO
 
 from flightquant.server.calls import Call
 
 log = logging.getLogger("flightquant.server")
+
+MAX_LINES = 10_000
+FLUSH_S = 1.0
 
 
 def _record(record: logging.LogRecord) -> dict[str, object]:
@@ -47,18 +52,70 @@ class TextFormatter(logging.Formatter):
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
-def configure(level: str, form: str, stream: TextIO | None = None) -> None:
-    """Send the log of this package, from ``level`` on, to ``stream`` (standard error); for a process of its own.
+class Writer(logging.Handler):
+    """Takes lines from any thread without a wait; one thread of its own writes them.
 
-    What OpenTelemetry says of spans that it cannot send comes in the same form.
+    A call must wait neither for who reads the log (a pipe that nobody reads would stop the service) nor for the lines
+    of others: thousands of threads that wait for one lock, as a flood of calls makes them, cost minutes.
+
+    Parameters
+    ----------
+    stream : text stream
+        Written to and flushed; never closed.
+    max_lines : int
+        Lines kept for a stream that takes none; what comes then is dropped, and their number logged later.
     """
-    handler = logging.StreamHandler(stream or sys.stderr)
+
+    def __init__(self, stream: TextIO, max_lines: int = MAX_LINES) -> None:
+        super().__init__()
+        self._stream = stream
+        self._max_lines = max_lines
+        self._lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
+        self._lost = 0
+        threading.Thread(target=self._write, name="log", daemon=True).start()
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Take the record, without the lock of :class:`logging.Handler`."""
+        if self._lines.qsize() >= self._max_lines:
+            self._lost += 1
+        else:
+            self._lines.put(self.format(record))
+        return True
+
+    def flush(self) -> None:
+        """Return when all that was taken so far is written, or after :data:`FLUSH_S`."""
+        written = threading.Event()
+        self._lines.put(written)
+        written.wait(FLUSH_S)
+
+    def _write(self) -> None:
+        while True:
+            line = self._lines.get()
+            if isinstance(line, threading.Event):
+                line.set()
+                continue
+            lost, self._lost = self._lost, 0
+            try:
+                self._stream.write(line + "\n")
+                if lost:
+                    facts = {"msg": "log lines lost", "levelname": "WARNING", "fields": {"lines": lost}}
+                    record = logging.makeLogRecord(facts)
+                    self._stream.write(self.format(record) + "\n")
+                self._stream.flush()
+            except (OSError, ValueError):  # nobody reads any more, or the stream was closed: the service goes on
+                pass
+
+
+def configure(level: str, form: str, stream: TextIO | None = None) -> None:
+    """Send the log of this package, from ``level`` on, to ``stream`` (standard error); for a process of its own."""
+    # No line names its thread, and to ask for the name of one of gRPC's threads makes an object that stays.
+    logging.logThreads = False
+    handler = Writer(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
-    for name in ("flightquant", "opentelemetry"):
-        root = logging.getLogger(name)
-        root.handlers[:] = [handler]
-        root.setLevel(level.upper())
-        root.propagate = False
+    root = logging.getLogger("flightquant")
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    root.propagate = False
 
 
 def log_call(call: Call) -> None:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from flightquant.errors import FlightquantError
 
 if TYPE_CHECKING:
-    from flightquant.cython_core.local import dequantize, quantize, verify
+    from flightquant.cython_core.local import amax, dequantize, quantize, verify
 
 __version__ = version("flightquant")
-__all__ = ["FlightquantError", "__version__", "dequantize", "quantize", "verify"]
+__all__ = ["FlightquantError", "__version__", "amax", "dequantize", "quantize", "verify"]
 
 
 def __getattr__(name: str) -> Any:
@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
         from flightquant.reference import dequantize
 
         return dequantize
-    if name in ("dequantize", "quantize", "verify"):
+    if name in ("amax", "dequantize", "quantize", "verify"):
         from flightquant.cython_core import local
 
         return getattr(local, name)

@@ -93,6 +93,14 @@ def verified_schema(request: pa.Schema) -> pa.Schema:
     return _with_echoes([field for field in ANSWER_FIELDS if field.name in _VERIFIED], request)
 
 
+def amax_schema(request: pa.Schema) -> pa.Schema:
+    """The answer's schema of ``op: amax``, for a checked request schema."""
+    fields = {field.name: field for field in ANSWER_FIELDS}
+    first = [fields[name] for name in ("layer_name", "shape", "row_offset", "status", "error")]
+    last = [fields[name] for name in ("kernel_ns", "bytes_in")]
+    return _with_echoes([*first, pa.field("amax", pa.float32()), *last], request)
+
+
 def weights_dtype(field: pa.Field) -> str:
     """The float dtype that a ``weights`` field carries.
 

@@ -16,6 +16,7 @@ from fq_testing import request
 from pyarrow import flight
 
 from flightquant.errors import DrainingError, OverloadedError
+from flightquant.server import admission as admission_module
 from flightquant.server.admission import OPEN_FACTOR, Admission
 from flightquant.server.app import Server, running_server
 from flightquant.server.auth import Identity
@@ -224,6 +225,41 @@ def test_the_queue_is_fair_between_identities() -> None:
     for thread in threads:
         thread.join(60)
     assert entered[-1].request_id == "modest1"
+
+
+def test_one_place_wakes_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flood's calls would spend the processor on waking each other; and nobody needs the poll to come in."""
+    looks = 0
+
+    class Counting(Admission):
+        def _reached(self) -> tuple[str, int, int] | None:
+            nonlocal looks
+            looks += 1
+            return super()._reached()
+
+    monkeypatch.setattr(admission_module, "POLL_S", 600.0)
+    admission = Counting(1, 100, max_queued=20, queue_s=600)
+    entered: list[Call] = []
+
+    def enter(one: Call) -> None:
+        admission.enter(one)
+        entered.append(one)
+
+    first = Call("first", "DoExchange")
+    admission.enter(first)
+    threads = []
+    for i in range(20):
+        threads.append(threading.Thread(target=enter, args=(Call(str(i), "DoExchange"),), daemon=True))
+        threads[-1].start()
+        eventually(lambda wanted=i + 1: admission.queued == wanted)
+    looks = 0
+    for i in range(20):
+        admission.leave(entered[-1] if entered else first)
+        eventually(lambda wanted=i + 1: len(entered) == wanted)
+    assert [one.request_id for one in entered] == [str(i) for i in range(20)]
+    assert looks <= 3 * 20
+    for thread in threads:
+        thread.join(60)
 
 
 def test_an_idle_call_gives_its_place_away_and_is_told() -> None:
