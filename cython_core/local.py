@@ -184,7 +184,7 @@ def amax(weights: Any, *, n_threads: int | None = None) -> pa.Table:
     """
     engine = shared_engine(n_threads)
     if isinstance(weights, Mapping):
-        answers = list(amax_of_layers(engine, _alike(named_layers(weights))))
+        answers = list(amax_of_layers(engine, runs(named_layers(weights))))
         return pa.Table.from_batches(answers, schema=None if answers else amax_schema(pa.schema([])))
     reader = as_reader(weights)
     session = AmaxSession(engine, reader.schema, Command.build(op="amax"), _UNLIMITED)
