@@ -100,6 +100,7 @@ class AsyncQuantClient:
         symmetric: bool | None = None,
         scale_dtype: str | None = None,
         importance: Mapping[str, Any] | None = None,
+        fallback: bool | None = None,
         on_error: str | None = None,
         metrics: bool | None = None,
         progress: Progress | None = None,
@@ -113,6 +114,7 @@ class AsyncQuantClient:
             group_size=group_size,
             symmetric=symmetric,
             scale_dtype=scale_dtype,
+            fallback=fallback,
             on_error=on_error,
             metrics=metrics,
         )
@@ -155,6 +157,7 @@ class AsyncQuantClient:
         symmetric: bool | None = None,
         scale_dtype: str | None = None,
         importance: Mapping[str, Any] | None = None,
+        fallback: bool | None = None,
         on_error: str | None = None,
         metrics: bool | None = None,
         progress: Progress | None = None,
@@ -168,6 +171,7 @@ class AsyncQuantClient:
             group_size=group_size,
             symmetric=symmetric,
             scale_dtype=scale_dtype,
+            fallback=fallback,
             on_error=on_error,
             metrics=metrics,
         )

@@ -294,7 +294,9 @@ class _Work:
         self.checked = checked
         self.request = request
         self.specs: list[LayerSpec] = [command.layer_spec()]
+        self._numbers = {self.specs[0]: 0}
         self.spec_of_row = self._resolve(read_overrides(batch, request), command)
+        self._fall_back()
         amax = read_global_amax(batch, request, checked.failures)
         importance, self._importance_holder = read_importance(batch, request, checked)
         self._refuse_uneven()
@@ -339,7 +341,6 @@ class _Work:
         chosen = np.zeros(len(self.checked.lengths), np.int64)
         if overrides is None:
             return chosen
-        known: dict[LayerSpec, int] = {self.specs[0]: 0}
         for i, given in enumerate(overrides):
             if not given:
                 continue
@@ -348,10 +349,23 @@ class _Work:
             except InvalidRequestError as error:
                 self.checked.failures.setdefault(i, ("unsupported", error.message))
                 continue
-            chosen[i] = known.setdefault(spec, len(known))
-            if chosen[i] == len(self.specs):
-                self.specs.append(spec)
+            chosen[i] = self._number(spec)
         return chosen
+
+    def _number(self, spec: LayerSpec) -> int:
+        """Index of a spec in the list, to which it is added."""
+        number = self._numbers.setdefault(spec, len(self.specs))
+        if number == len(self.specs):
+            self.specs.append(spec)
+        return number
+
+    def _fall_back(self) -> None:
+        """Give rows that no block divides the scheme that takes the place of theirs, where that is asked for."""
+        cols = self.checked.matrix[:, 1]
+        for number in [k for k, spec in enumerate(self.specs) if spec.fallback]:
+            spec = self.specs[number]
+            for i in np.flatnonzero((self.spec_of_row == number) & (cols > 0) & (cols % spec.group_size != 0)):
+                self.spec_of_row[i] = self._number(spec.fitting(int(cols[i])))
 
     def _refuse_uneven(self) -> None:
         """A group never crosses a row, so it must divide it, unless groups run over the flat tensor."""
@@ -417,7 +431,7 @@ def spec_table(specs: tuple[LayerSpec, ...], dtype: str) -> npt.NDArray[np.int64
     return np.array(
         [
             (
-                FAMILIES[spec.scheme.name],
+                FAMILIES[spec.scheme.family],
                 DTYPES[dtype],
                 DTYPES[spec.arithmetic_for(dtype)],
                 DTYPES.get(spec.scale_dtype_for(dtype), DTYPES["float32"]),

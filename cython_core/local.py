@@ -44,6 +44,7 @@ def quantize(
     symmetric: bool | None = None,
     scale_dtype: str | None = None,
     importance: Mapping[str, Any] | None = None,
+    fallback: bool | None = None,
     on_error: str | None = None,
     metrics: bool | None = None,
     n_threads: int | None = None,
@@ -74,6 +75,9 @@ def quantize(
         What an error in each column (input feature) of a layer counts, by layer name: finite numbers of 0 or more, as
         in llama.cpp's importance matrix. For the schemes that search (``q2_k`` to ``q6_k``, ``iq4_nl``); others ignore
         it. Layers that it does not name have none. Arrow data has a column ``importance`` instead.
+    fallback : bool, optional
+        True: rows that are no multiple of 256, but of 32, get the scheme that llama.cpp takes there in place of a
+        k-quant; the answer names it.
     on_error : {"row", "abort"}, optional
         Whether a bad layer becomes a row that says so (default) or raises.
     metrics : bool, optional
@@ -101,6 +105,7 @@ def quantize(
         group_size=group_size,
         symmetric=symmetric,
         scale_dtype=scale_dtype,
+        fallback=fallback,
         on_error=on_error,
         metrics=metrics,
     )

@@ -134,6 +134,7 @@ def _bytes_out(name: str, shape: Any, spec: LayerSpec) -> int:
     rows, cols = matrix_shape(tuple(shape))
     if rows * cols == 0:
         return 0
+    spec = spec.fitting(cols)
     if not fits_groups(spec, cols):
         raise InvalidRequestError(
             f'the rows of "{name[:80]}" hold {cols} weights; expected a multiple of the group size {spec.group_size}',

@@ -52,6 +52,8 @@ class Scheme:
         Whether there are zero points whatever ``symmetric`` says.
     stored_bits : int
         Bits that one code takes up; 0 for ``bits``.
+    rule : str
+        What makes the codes, where a packing comes with a rule of its own.
     variants : tuple of Scheme
         The same scheme in other bit widths or packings, to be had by ``bit_width`` or ``packing``.
     flat : bool
@@ -81,6 +83,7 @@ class Scheme:
     fixed_scales: str = ""
     always_zero_points: bool = False
     stored_bits: int = 0
+    rule: str = ""
     variants: tuple[Scheme, ...] = ()
 
     @property
@@ -98,6 +101,11 @@ class Scheme:
     def transposed(self) -> bool:
         """Whether words run over several rows, zero points behind them: rows and columns are multiples of 32."""
         return self.packing in TRANSPOSED
+
+    @property
+    def family(self) -> str:
+        """What makes the codes."""
+        return self.rule or self.name
 
     @property
     def nested(self) -> bool:
@@ -128,7 +136,22 @@ def _integer(bits: int, packing: str = "ct-int32", first: str = "group", others:
         exact_with="compressed-tensors 0.20",
         summary=f"{bits}-bit integers with a float scale, for vLLM and transformers through compressed-tensors",
     )
-    return replace(scheme, variants=tuple(_transposed(scheme, name) for name in others))
+    variants = [_transposed(scheme, name) for name in others]
+    if bits in (2, 4, 8):
+        variants.append(_onnx(scheme))
+    return replace(scheme, variants=tuple(variants))
+
+
+def _onnx(scheme: Scheme) -> Scheme:
+    """An integer scheme's name for what ONNX Runtime makes by its own rule."""
+    return replace(
+        scheme,
+        packing="onnx",
+        rule="onnx",
+        granularities=("group",),
+        exact_with="onnxruntime 1.31.1",
+        summary=f"{scheme.bits}-bit integers with a float scale of either sign, for ONNX Runtime's MatMulNBits",
+    )
 
 
 def _transposed(scheme: Scheme, packing: str) -> Scheme:
@@ -306,12 +329,17 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
+FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+"""What llama.cpp takes for rows that are no multiple of 256, but of 32."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
     """How one layer is quantized, with every default filled in.
 
     ``scheme`` is the variant asked for. ``group_size`` is 128, the edge of a block, with granularity ``block``, and 0
     unless the granularity is that or ``group``; ``scale_dtype`` is None for "the weights' own dtype".
+    ``fallback``: another scheme is taken for rows that no block divides.
     """
 
     scheme: Scheme
@@ -319,6 +347,17 @@ class LayerSpec:
     group_size: int
     symmetric: bool
     scale_dtype: str | None
+    fallback: bool = False
+
+    def fitting(self, cols: int) -> LayerSpec:
+        """These options, or with ``fallback`` those of the scheme in their place for rows of ``cols`` weights."""
+        name = FALLBACKS.get(self.scheme.name)
+        if not self.fallback or name is None or cols % self.group_size == 0:
+            return self
+        scheme = SCHEMES[name]
+        if cols % scheme.group_sizes[0]:
+            return self
+        return LayerSpec(scheme, "group", scheme.group_sizes[0], True, None)
 
     @property
     def takes_magnitude(self) -> bool:
@@ -355,6 +394,7 @@ _KEYS: dict[str, tuple[type, str]] = {
     "group_size": (int, "an integer"),
     "symmetric": (bool, "true or false"),
     "scale_dtype": (str, "a string"),
+    "fallback": (bool, "true or false"),
     "on_error": (str, "a string"),
     "metrics": (bool, "true or false"),
     "double_quant": (bool, "true or false"),
@@ -406,6 +446,7 @@ class Command:
     group_size: int | None = None
     symmetric: bool = True
     scale_dtype: str | None = None
+    fallback: bool = False
     on_error: str = "row"
     metrics: bool = True
     dtype: str = "float32"
@@ -581,6 +622,8 @@ def _override(command: Command, overrides: tuple[tuple[str, Any], ...]) -> Comma
             fallback["scale_dtype"] = None
         if changed.packing not in (None, *scheme.packings) and given.get("packing") is None:
             fallback["packing"] = None
+        if changed.fallback and scheme.packing != "gguf":
+            fallback["fallback"] = False
         changed = replace(changed, **fallback)
     changed.layer_spec()
     return changed
@@ -622,4 +665,6 @@ def _layer_spec(command: Command) -> LayerSpec:
         allowed = scheme.scale_dtypes or "no such key"
         raise _refuse("scale_dtype", command.scale_dtype, allowed, f"{scheme.name} has no such scale dtype")
     symmetric = command.symmetric and not scheme.always_zero_points
-    return LayerSpec(scheme, granularity, group_size, symmetric, command.scale_dtype)
+    if command.fallback and scheme.packing != "gguf":
+        raise _refuse("fallback", command.fallback, "false", f"{scheme.name} has no scheme to fall back to")
+    return LayerSpec(scheme, granularity, group_size, symmetric, command.scale_dtype, command.fallback)

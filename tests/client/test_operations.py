@@ -149,6 +149,19 @@ def test_parts_are_verified_with_their_own_rows(client: QuantClient) -> None:
     assert got.column("sqnr_db").to_pylist() == table.column("sqnr_db").to_pylist()
 
 
+def test_fallback_of_layers_in_parts(client: QuantClient) -> None:
+    rng = np.random.default_rng(9)
+    layers = {f"w{shape}": rng.standard_normal(shape).astype(np.float32) for shape in ((64, 288), (64, 512), (8224,))}
+    got = client.quantize(layers, "q5_k", fallback=True)
+    assert got.column("scheme").to_pylist() == ["q5_1", "q5_k", "q5_1"]
+    timeless = [name for name in got.schema.names if name != "kernel_ns"]
+    assert (
+        got.select(timeless)
+        .combine_chunks()
+        .equals(flightquant.quantize(layers, "q5_k", fallback=True).select(timeless).combine_chunks())
+    )
+
+
 def test_asyncio(uri: str) -> None:
     layers = model()
     table = flightquant.quantize(layers, "int8")
