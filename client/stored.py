@@ -60,7 +60,7 @@ def stored_layers(source: Source) -> dict[str, StoredLayer]:
             layer = _float8(source, name)
         elif f"{name}.absmax" in source.tensors:
             layer = _bitsandbytes(source, name)
-        elif meta.dtype.lower() in SCHEMES and SCHEMES[meta.dtype.lower()].block_bytes:
+        elif meta.dtype.lower() in SCHEMES and "gguf" in SCHEMES[meta.dtype.lower()].packings:
             layer = _gguf(source, name)
         else:
             continue
@@ -308,7 +308,7 @@ def _bitsandbytes(source: Source, name: str) -> StoredLayer:
 
 def _gguf(source: Source, name: str) -> StoredLayer:
     meta = source.tensors[name]
-    spec = Command.build(scheme=meta.dtype.lower()).layer_spec()
+    spec = Command.build(scheme=meta.dtype.lower(), packing="gguf").layer_spec()
     rows, cols = matrix_shape(meta.shape)
 
     def weights() -> F32:
