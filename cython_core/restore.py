@@ -119,7 +119,9 @@ def _jobs(
         columns["bits"][here] = spec.scheme.bits
         columns["shared_scale"][here] = spec.granularity == "tensor"
         columns["unit"][here] = spec.group_size or cols[here]
-        if not spec.scheme.flat:
+        if spec.scheme.rule == "onnx":  # its zero points stand behind all rows
+            columns["row_bytes"][here] = spec.scheme.row_bytes(cols[here])
+        elif not spec.scheme.flat:
             columns["row_bytes"][here] = packed_bytes(spec, np.ones_like(cols[here]), cols[here])
     return jobs
 
