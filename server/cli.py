@@ -75,9 +75,7 @@ def serve(
     ] = _DEFAULTS.idle_timeout_s,
     liveness_timeout_s: Annotated[
         float,
-        typer.Option(
-            envvar=f"{_ENV}LIVENESS_TIMEOUT_S", help="Not alive if no call comes through for so long."
-        ),
+        typer.Option(envvar=f"{_ENV}LIVENESS_TIMEOUT_S", help="Not alive if no call comes through for so long."),
     ] = _DEFAULTS.liveness_timeout_s,
     max_name_bytes: Annotated[
         int, typer.Option(envvar=f"{_ENV}MAX_NAME_BYTES", help="Bytes of a layer's name.")
