@@ -1,8 +1,8 @@
 """How soon the kernels stop when a client leaves: ``python scripts/cancellation.py [SCHEME ...]``.
 
 For each scheme a server is sent one layer of 1 GiB; when its kernels have been at work for a tenth of a second the
-client cancels the call. Prints the milliseconds from there until the server's threads rested: used no more than a tenth of a
-processor for 0.3 s. As a control, the same without the cancellation.
+client cancels the call. Prints the milliseconds from there until the server's threads rested: used no more than a tenth
+of a processor for 0.3 s. As a control, the same without the cancellation.
 """
 
 from __future__ import annotations
