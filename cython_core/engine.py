@@ -137,6 +137,7 @@ class Engine:
         """Run a plan in slices, taking turns with other callers; the seconds spent waiting and computing."""
         seconds = {"queue": 0.0, "kernel": 0.0}
         self.in_slices(plan.reduce, plan.reduce_tiles, should_stop, seconds)
+        self.in_slices(plan.search, plan.search_tiles, should_stop, seconds)
         plan.parameters()
         self.in_slices(plan.quantize, plan.tiles, should_stop, seconds)
         self.in_slices(plan.repack, plan.repack_tiles, should_stop, seconds)
@@ -444,6 +445,7 @@ def spec_table(specs: tuple[LayerSpec, ...], dtype: str) -> npt.NDArray[np.int64
                 spec.granularity == "block",
                 spec.scheme.stored_bits or spec.scheme.bits,
                 PACKINGS.get(spec.scheme.packing, 0),
+                spec.calibration == "mse",
             )
             for spec in specs
         ],

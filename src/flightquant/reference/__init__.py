@@ -147,7 +147,7 @@ def quantize(
     elif spec.scheme.name == "arrowquant":
         data, scales, zeros = arrowquant.quantize(weights, spec, dtype)
     else:
-        signed, scales, zeros = integer.quantize(weights, spec, dtype, global_amax)
+        signed, scales, zeros = integer.quantize(weights, spec, dtype, global_amax, importance)
         if spec.scheme.transposed:
             data = packings.pack(signed, zeros.reshape(rows, -1), spec)
         else:
