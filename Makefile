@@ -10,7 +10,7 @@ MINUTES ?= 60
 environment = $(PYTHON) scripts/environment.py $(VENV)
 bin = $(VENV)/bin
 
-.PHONY: loadtest help demo test slow bench check packages sanitize oracles soak clean
+.PHONY: loadtest help demo test slow bench check packages sanitize arm64 oracles soak clean
 
 help:
 	@echo "make demo      quantize a real model through a local server: table, plot and proof"
@@ -21,6 +21,7 @@ help:
 	@echo "make check     lint, format, types, stubs"
 	@echo "make packages  build wheel and sdist, install each and editable in clean environments"
 	@echo "make sanitize  kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make arm64     kernel tests with NEON under emulation; needs a cross compiler, QEMU and debootstrap"
 	@echo "make soak      seeded faults against live servers for MINUTES=60; every answer compared, figures at the end"
 	@echo "make oracles   live comparison with torch, compressed-tensors, gguf and bitsandbytes"
 
@@ -54,6 +55,10 @@ packages:
 sanitize:
 	@$(environment) dev
 	PATH="$(abspath $(bin)):$$PATH" scripts/sanitize $(PYTEST_ARGS)
+
+arm64:
+	@$(environment) dev
+	PATH="$(abspath $(bin)):$$PATH" scripts/arm64 $(PYTEST_ARGS)
 
 oracles:
 	@$(environment) oracles

@@ -48,6 +48,13 @@ def cases(schemes: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
             found[f"{name} zero points"] = {"scheme": name, "symmetric": False}
         found.update(
             {
+                f"{name} {variant.packing}": {"scheme": name, "packing": variant.packing}
+                for variant in scheme.variants
+                if variant.rule or variant.nested
+            }
+        )
+        found.update(
+            {
                 f"{name} {other}": {"scheme": name, "granularity": other}
                 for other in scheme.granularities[1:]
                 if other in ("tensor", "block") and scheme.bits == 8

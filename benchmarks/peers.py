@@ -147,6 +147,9 @@ def _bitsandbytes_peers(matrix: F32) -> Iterator[tuple[str, str, Callable[[], Wo
             "bitsandbytes",
             lambda scheme=scheme: lambda: bitsandbytes.functional.quantize_4bit(tensor, quant_type=scheme),  # type: ignore[misc]
         )
+    nested = bitsandbytes.functional.quantize_4bit
+    yield "nf4 bnb-nested", "bitsandbytes", lambda: lambda: nested(tensor, quant_type="nf4", compress_statistics=True)
+    yield "bnb8", "bitsandbytes", lambda: lambda: bitsandbytes.functional.quantize_blockwise(tensor)
 
 
 def _ggml_peers(matrix: F32, n_threads: int) -> Iterator[tuple[str, str, Callable[[], Work]]]:
@@ -181,6 +184,7 @@ def _ggml_peers(matrix: F32, n_threads: int) -> Iterator[tuple[str, str, Callabl
 
 
 def _onnxruntime_peers(matrix: F32) -> Iterator[tuple[str, str, Callable[[], Work]]]:
+    from onnxruntime.capi import _pybind_state
     from onnxruntime.capi._pybind_state import quantize_matmul_bnb4
 
     # It takes the weights of a product, (inputs, outputs), and quantizes their transpose.
@@ -188,6 +192,15 @@ def _onnxruntime_peers(matrix: F32) -> Iterator[tuple[str, str, Callable[[], Wor
     packed, absmax = np.empty(matrix.size // 2, np.uint8), np.empty(matrix.size // 64, np.float32)
     rows, cols = matrix.shape
     yield "nf4", "onnxruntime", lambda: lambda: quantize_matmul_bnb4(packed, inputs, absmax, 64, 1, rows, cols)
+
+    def blocks(bits: int) -> Work:
+        codes = np.empty((rows, cols // 128, 16 * bits), np.uint8)
+        scales, points = np.empty((rows, cols // 128), np.float32), np.empty((rows, cols // 128), np.uint8)
+        quantize = getattr(_pybind_state, f"quantize_matmul_{bits}bits")
+        return lambda: quantize(codes, inputs, scales, points, 128, rows, cols, True)
+
+    for bits in (2, 4, 8):
+        yield f"int{bits} onnx", "onnxruntime", lambda bits=bits: blocks(bits)  # type: ignore[misc]
 
 
 def _peers(matrix: F32, n_threads: int) -> Iterator[tuple[str, str, Callable[[], Work]]]:

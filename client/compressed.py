@@ -54,7 +54,7 @@ def check_scheme(spec: LayerSpec) -> None:
         for name, scheme in SCHEMES.items()
         if scheme.packing.startswith("ct-") or name in ("fp8_e4m3", "mxfp4", "mxfp8", "nvfp4")
     )
-    if spec.scheme.transposed:
+    if spec.scheme.name in known and spec.scheme.packing != SCHEMES[spec.scheme.name].packing:
         raise InvalidRequestError(
             f'packing "{spec.scheme.packing}" has no place in a compressed-tensors file; expected none',
             field="packing",

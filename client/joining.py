@@ -104,10 +104,15 @@ class _Parts:
         """The bytes of the whole layer."""
         parts = [batch.column("quantized_data")[0].as_buffer() for batch in batches]
         base = batches[0]
-        if base.column("packing")[0].as_py() not in TRANSPOSED:
+        packing = base.column("packing")[0].as_py()
+        if packing not in (*TRANSPOSED, "onnx"):
             return b"".join(parts)
-        spec = Command.build(scheme=base.column("scheme")[0].as_py(), packing=base.column("packing")[0].as_py())
+        spec = Command.build(scheme=base.column("scheme")[0].as_py(), packing=packing)
         shapes = [matrix_shape(tuple(batch.column("shape")[0].as_py())) for batch in batches]
+        if packing == "onnx":
+            codes = [rows * cols * spec.layer_spec().scheme.bits // 8 for rows, cols in shapes]
+            both = list(zip(parts, codes, strict=True))
+            return b"".join([*(part[:size] for part, size in both), *(part[size:] for part, size in both)])
         return packings.join(parts, [rows for rows, _ in shapes], spec.layer_spec(), shapes[0][1])
 
     def _error(self, bad: int) -> str | None:

@@ -24,6 +24,7 @@ cdef extern from "fq.h" nogil:
         FQ_GPTQ_V2
         FQ_AWQ
         FQ_NESTED
+        FQ_ZEROS_BEHIND
     enum fq_dtype:
         FQ_F32
         FQ_F16
@@ -52,6 +53,7 @@ cdef extern from "fq.h" nogil:
         FQ_ARROWQUANT
         FQ_MLX
         FQ_BNB8
+        FQ_ONNX
     ctypedef struct fq_job:
         const void *weights
         uint8_t *data
@@ -112,17 +114,17 @@ cdef extern from *:
     void fq_pin(int place, const int *cpus) noexcept nogil
 
 DTYPES = {"float32": FQ_F32, "float16": FQ_F16, "bfloat16": FQ_BF16, "float64": FQ_F64}
-FAMILIES = {
+FAMILIES = {  # by Scheme.family
     **{f"int{bits}": FQ_INTEGER for bits in range(2, 9)},
     "fp8_e4m3": FQ_FP8_E4M3, "fp8_e5m2": FQ_FP8_E5M2,
     "q8_0": FQ_Q8_0, "q4_0": FQ_Q4_0, "q4_1": FQ_Q4_1, "q5_0": FQ_Q5_0, "q5_1": FQ_Q5_1,
     "nf4": FQ_NF4, "fp4": FQ_FP4, "bnb8": FQ_BNB8,
     "q2_k": FQ_Q2_K, "q3_k": FQ_Q3_K, "q4_k": FQ_Q4_K, "q5_k": FQ_Q5_K, "q6_k": FQ_Q6_K, "iq4_nl": FQ_IQ4_NL,
     "mxfp4": FQ_MXFP4, "mxfp8": FQ_MXFP8, "nvfp4": FQ_NVFP4,
-    "arrowquant": FQ_ARROWQUANT, "mlx": FQ_MLX,
+    "arrowquant": FQ_ARROWQUANT, "mlx": FQ_MLX, "onnx": FQ_ONNX,
 }
 
-PACKINGS = {"gptq": FQ_GPTQ, "gptq-v2": FQ_GPTQ_V2, "awq": FQ_AWQ, "bnb-nested": FQ_NESTED}
+PACKINGS = {"gptq": FQ_GPTQ, "gptq-v2": FQ_GPTQ_V2, "awq": FQ_AWQ, "bnb-nested": FQ_NESTED, "onnx": FQ_ZEROS_BEHIND}
 """Layouts that are made of packed integers, or of scales, at the end; all others are packed as they are made."""
 
 cdef enum:
@@ -221,7 +223,9 @@ def lay_out(
                 scratch += scales * 4
                 data += scales
                 scales = (scales + NESTED_BLOCK - 1) // NESTED_BLOCK + 1
-            elif job[PACKING] != FQ_AS_PACKED:
+            elif job[PACKING] == FQ_ZEROS_BEHIND and zeros:
+                data += matrix[i, 0] * ((matrix[i, 1] // job[UNIT] * job[BITS] + 7) // 8)
+            elif job[PACKING] not in (FQ_AS_PACKED, FQ_ZEROS_BEHIND):
                 scratch += data
                 data += scales * job[BITS] // 8
             job[DATA] = offsets[0, i]
@@ -398,7 +402,9 @@ cdef class Plan:
         job.shrinks = row[SHRINKS] and not (row[SHARED_SCALE] and row[SYMMETRIC] and not isnan(self._given_amax[i]))
         job.data = <uint8_t *>(data + <uintptr_t>row[DATA])
         job.packing = row[PACKING]
-        if job.packing not in (FQ_AS_PACKED, FQ_NESTED):
+        if job.packing == FQ_ZEROS_BEHIND:
+            job.packed = job.data + row[N] // row[COLS] * row[ROW_BYTES]
+        elif job.packing not in (FQ_AS_PACKED, FQ_NESTED):
             job.packed, job.data = job.data, <uint8_t *>(scratch + <uintptr_t>row[SCRATCH])
         job.scales = <float *>(scales + <uintptr_t>row[SCALES]) if row[SCALES] >= 0 else NULL
         job.zeros = <float *>(zeros + <uintptr_t>row[ZEROS]) if row[ZEROS] >= 0 else NULL
@@ -482,7 +488,7 @@ cdef class Plan:
         """The same of a job that is packed a second time, in rows."""
         cdef const fq_job *job = &self._jobs[i]
         cdef int64_t begin = 0, count = 0, rows = job.n // job.cols
-        if job.packing in (FQ_AS_PACKED, FQ_NESTED):
+        if job.packing in (FQ_AS_PACKED, FQ_NESTED) or (job.packing == FQ_ZEROS_BEHIND and job.zeros == NULL):
             return 0
         while begin < rows:
             if to != NULL:
@@ -770,7 +776,8 @@ cdef class Plan:
         """What a refused layer leaves must hold nothing of it, nor of the memory's last user."""
         cdef int64_t count = self._matrix[j, SCALE_COUNT]
         cdef fq_job *job = &self._jobs[j]
-        cdef uint8_t *data = job.packed if job.packed != NULL and job.packing != FQ_NESTED else job.data
+        cdef bint twice = job.packing in (FQ_GPTQ, FQ_GPTQ_V2, FQ_AWQ)
+        cdef uint8_t *data = job.packed if twice else job.data
         cdef float *scales = job.outer if job.outer != NULL else job.scales
         memset(data, 0, self._matrix[j, DATA_BYTES])
         if scales != NULL:

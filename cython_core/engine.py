@@ -45,6 +45,8 @@ __all__ = ["Answer", "Engine", "Limits", "Session"]
 SLICE_TILES = 128
 """Tiles between two looks at ``should_stop`` and at other callers: 32 MiB of float32, a few milliseconds."""
 MAX_ANSWER_BYTES = 2**31 - 1
+Between = Callable[[float], None]
+"""Told every few milliseconds how great a share of the work is done; what it raises ends the call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,7 @@ class Engine:
         """
         return Session(self, Request(schema), answer_schema(schema), command, Limits() if limits is None else limits)
 
-    def quantize_layers(self, layers: Sequence[Layer], command: Command) -> Answer:
+    def quantize_layers(self, layers: Sequence[Layer], command: Command, between: Between | None = None) -> Answer:
         """Answer layers of one dtype as one batch: this process's own, which may lie apart and need no checks.
 
         Raises
@@ -131,15 +133,19 @@ class Engine:
         start = time.perf_counter()
         request, schema = _own_request(layers[0].dtype)
         batch, checked = checked_layers(layers)
-        return Session(self, request, schema, command, Limits()).answer(batch, checked, start, None)
+        return Session(self, request, schema, command, Limits()).answer(batch, checked, start, None, between)
 
-    def run(self, plan: Plan, should_stop: Callable[[], bool] | None) -> dict[str, float]:
+    def run(self, plan: Plan, should_stop: Callable[[], bool] | None, between: Between | None) -> dict[str, float]:
         """Run a plan in slices, taking turns with other callers; the seconds spent waiting and computing."""
         seconds = {"queue": 0.0, "kernel": 0.0}
-        self.in_slices(plan.reduce, plan.reduce_tiles, should_stop, seconds)
+        told = between or (lambda share: None)
+        first, total = plan.reduce_tiles, plan.reduce_tiles + plan.tiles
+        self.in_slices(plan.reduce, first, should_stop, seconds, lambda share: told(share * first / total))
         self.in_slices(plan.search, plan.search_tiles, should_stop, seconds)
         plan.parameters()
-        self.in_slices(plan.quantize, plan.tiles, should_stop, seconds)
+        self.in_slices(
+            plan.quantize, plan.tiles, should_stop, seconds, lambda share: told((first + share * plan.tiles) / total)
+        )
         self.in_slices(plan.repack, plan.repack_tiles, should_stop, seconds)
         self.in_slices(plan.nest, plan.nested, should_stop, seconds)
         self.in_slices(plan.compare, plan.compared, should_stop, seconds)
@@ -151,6 +157,7 @@ class Engine:
         tiles: int,
         should_stop: Callable[[], bool] | None,
         seconds: dict[str, float],
+        between: Between | None = None,
     ) -> None:
         """Call ``step(first, last, n_threads)`` over all tiles, some milliseconds' worth at a time.
 
@@ -158,6 +165,8 @@ class Engine:
         ----------
         seconds : dict
             To whose ``queue`` and ``kernel`` the time spent waiting and computing is added.
+        between : callable, optional
+            Told after each slice how great a share of the tiles is done.
 
         Raises
         ------
@@ -181,6 +190,8 @@ class Engine:
             self._budget.run(last - first, work)
             seconds["queue"] += started - asked
             seconds["kernel"] += ended - started
+            if between is not None:
+                between(last / tiles)
 
     def close(self) -> None:
         """Release the compute threads."""
@@ -234,7 +245,12 @@ class Session:
         return self.answer(batch, checked, start, should_stop)
 
     def answer(
-        self, batch: pa.RecordBatch, checked: CheckedBatch, start: float, should_stop: Callable[[], bool] | None
+        self,
+        batch: pa.RecordBatch,
+        checked: CheckedBatch,
+        start: float,
+        should_stop: Callable[[], bool] | None,
+        between: Between | None = None,
     ) -> Answer:
         """Answer a batch that has passed its checks, which began at ``start`` on the clock of ``perf_counter``."""
         work = _Work(batch, checked, self._command, self._request)
@@ -242,7 +258,7 @@ class Session:
         seconds = {"validate": time.perf_counter() - start, "queue": 0.0, "kernel": 0.0}
         if work.rows.size:
             plan = work.plan(self._engine.isa, self._command.metrics)
-            seconds |= self._engine.run(plan, should_stop)
+            seconds |= self._engine.run(plan, should_stop, between)
             failed, work.kernel_ns = plan.finish(work.sums, work.first_bad, work.unheld, work.nanoseconds)
             if failed:
                 work.note_failures()
@@ -432,7 +448,7 @@ def spec_table(specs: tuple[LayerSpec, ...], dtype: str) -> npt.NDArray[np.int64
     return np.array(
         [
             (
-                FAMILIES[spec.scheme.name],
+                FAMILIES[spec.scheme.family],
                 DTYPES[dtype],
                 DTYPES[spec.arithmetic_for(dtype)],
                 DTYPES.get(spec.scale_dtype_for(dtype), DTYPES["float32"]),

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from flightquant import reference
-from flightquant.cython_core.engine import Engine, Limits
+from flightquant.cython_core.engine import Between, Engine, Limits
 from flightquant.cython_core.magnitude import AmaxSession, amax_of_layers
 from flightquant.cython_core.restore import QuantizedSession, restore_arrays
 from flightquant.errors import LayerError
@@ -134,22 +134,26 @@ MAX_JOINED_LAYERS = 1024
 def _quantize_mapping(
     engine: Engine, weights: Mapping[str, Any], command: Command, importance: Mapping[str, Any] | None
 ) -> Iterator[pa.RecordBatch]:
-    """Answer batches of layers as they lie in memory, apart from one another: to join them would be a copy."""
-    copied_column = [field.name for field in ANSWER_FIELDS].index("bytes_copied")
-    for layers in _alike(named_layers(weights, importance)):
-        answer = engine.quantize_layers(layers, command).batch
-        if any(layer.copied for layer in layers):
-            copied = pa.array([layer.copied for layer in layers], pa.int64())
-            answer = answer.set_column(copied_column, answer.schema.field(copied_column), copied)
-        yield answer
+    for layers in runs(named_layers(weights, importance)):
+        yield answer_run(engine, layers, command)
 
 
-def _alike(layers: Iterator[Layer]) -> Iterator[list[Layer]]:
-    """Runs of layers of one dtype, of bounded size."""
+def answer_run(engine: Engine, layers: list[Layer], command: Command, between: Between | None = None) -> pa.RecordBatch:
+    """The answer to layers of one dtype as they lie in memory, apart from one another: to join them would be a copy."""
+    answer = engine.quantize_layers(layers, command, between).batch
+    if any(layer.copied for layer in layers):
+        place = [field.name for field in ANSWER_FIELDS].index("bytes_copied")
+        copied = pa.array([layer.copied for layer in layers], pa.int64())
+        answer = answer.set_column(place, answer.schema.field(place), copied)
+    return answer
+
+
+def runs(layers: Iterator[Layer], max_bytes: int = MAX_JOINED_BYTES) -> Iterator[list[Layer]]:
+    """Runs of layers of one dtype, of bounded size; a larger layer stands alone."""
     run: list[Layer] = []
     nbytes = 0
     for layer in layers:
-        full = nbytes + layer.nbytes > MAX_JOINED_BYTES or len(run) == MAX_JOINED_LAYERS
+        full = nbytes + layer.nbytes > max_bytes or len(run) == MAX_JOINED_LAYERS
         if run and (full or layer.dtype != run[0].dtype):
             yield run
             run, nbytes = [], 0
@@ -185,7 +189,7 @@ def amax(weights: Any, *, n_threads: int | None = None) -> pa.Table:
     """
     engine = shared_engine(n_threads)
     if isinstance(weights, Mapping):
-        answers = list(amax_of_layers(engine, _alike(named_layers(weights))))
+        answers = list(amax_of_layers(engine, runs(named_layers(weights))))
         return pa.Table.from_batches(answers, schema=None if answers else amax_schema(pa.schema([])))
     reader = as_reader(weights)
     session = AmaxSession(engine, reader.schema, Command.build(op="amax"), _UNLIMITED)

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from flightquant.cython_core._quantize import JOB_WIDTH, Plan, lay_out
 from flightquant.cython_core.answer import status_columns
-from flightquant.cython_core.engine import Answer, Engine, Session, spec_table
+from flightquant.cython_core.engine import Answer, Between, Engine, Session, spec_table
 from flightquant.cython_core.validate import CheckedBatch, Limits, Request, checked_layers
 from flightquant.layers import Layer, weights_field
 from flightquant.spec import Command
@@ -27,7 +27,12 @@ class AmaxSession(Session):
         super().__init__(engine, Request(schema), amax_schema(schema), command, limits)
 
     def answer(
-        self, batch: pa.RecordBatch, checked: CheckedBatch, start: float, should_stop: Callable[[], bool] | None
+        self,
+        batch: pa.RecordBatch,
+        checked: CheckedBatch,
+        start: float,
+        should_stop: Callable[[], bool] | None,
+        between: Between | None = None,
     ) -> Answer:
         """Answer a batch that has passed its checks."""
         self._abort_on(checked)
@@ -52,7 +57,7 @@ class AmaxSession(Session):
         unknown = np.full(made, np.nan, np.float32)
         plan = Plan(jobs[:made], unknown, self._engine.isa, False, 0, 0, 0, 0, (checked, batch))
         seconds = {"validate": time.perf_counter() - start, "queue": 0.0, "kernel": 0.0}
-        self._engine.in_slices(plan.reduce, plan.reduce_tiles, should_stop, seconds)
+        self._engine.in_slices(plan.reduce, plan.reduce_tiles, should_stop, seconds, between)
         found, first_bad = np.empty(made, np.float32), np.empty(made, np.int64)
         spent = np.empty(made, np.int64)
         plan.magnitudes(found, first_bad, spent)

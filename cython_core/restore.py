@@ -91,7 +91,7 @@ def restore(
 
 def _has_kernel(spec: LayerSpec, isa: str) -> bool:
     plain = spec.granularity in ("tensor", "channel", "group") and not (spec.scheme.transposed or spec.scheme.nested)
-    return plain and restores(isa, FAMILIES[spec.scheme.name])
+    return plain and restores(isa, FAMILIES[spec.scheme.family])
 
 
 def _jobs(
@@ -115,7 +115,7 @@ def _jobs(
         here = checked.spec_of_row[rows] == s
         if not here.any():
             continue
-        columns["family"][here] = FAMILIES[spec.scheme.name]
+        columns["family"][here] = FAMILIES[spec.scheme.family]
         columns["bits"][here] = spec.scheme.bits
         columns["shared_scale"][here] = spec.granularity == "tensor"
         columns["unit"][here] = spec.group_size or cols[here]

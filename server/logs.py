@@ -107,15 +107,19 @@ class Writer(logging.Handler):
 
 
 def configure(level: str, form: str, stream: TextIO | None = None) -> None:
-    """Send the log of this package, from ``level`` on, to ``stream`` (standard error); for a process of its own."""
+    """Send the log of this package, from ``level`` on, to ``stream`` (standard error); for a process of its own.
+
+    What OpenTelemetry says of spans that it cannot send comes in the same form.
+    """
     # No line names its thread, and to ask for the name of one of gRPC's threads makes an object that stays.
     logging.logThreads = False
     handler = Writer(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
-    root = logging.getLogger("flightquant")
-    root.handlers[:] = [handler]
-    root.setLevel(level.upper())
-    root.propagate = False
+    for name in ("flightquant", "opentelemetry"):
+        root = logging.getLogger(name)
+        root.handlers[:] = [handler]
+        root.setLevel(level.upper())
+        root.propagate = False
 
 
 def log_call(call: Call) -> None:

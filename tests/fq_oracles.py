@@ -255,6 +255,42 @@ def mlx_quantize(storage: npt.NDArray[Any], dtype: str, *, bit_width: int, group
     return np.array(words).view(np.uint8).reshape(-1), *floats
 
 
+def onnx_quantize(
+    storage: npt.NDArray[Any],
+    dtype: str,
+    *,
+    bits: int,
+    group_size: int = 128,
+    symmetric: bool = True,
+    granularity: str = "group",
+    scale_dtype: str | None = None,
+) -> Quantized:
+    """The functions that onnxruntime's ``MatMulNBitsQuantizer`` calls, of the transpose, as the node holds it.
+
+    It widens bfloat16 first, and rounds its scales afterwards; float64, which it refuses, is rounded to float32.
+    """
+    from onnxruntime.capi import _pybind_state
+
+    assert granularity == "group"
+    matrix = storage if dtype == "float16" else as_torch(storage, dtype).float().numpy()
+    rows, cols = matrix.shape
+    groups, each = cols // group_size, 8 // bits
+    packed = np.zeros((rows, groups, group_size // each), np.uint8)
+    points = np.zeros((rows, -(-groups // each)), np.uint8)
+    scales = np.zeros((rows, groups), matrix.dtype)
+    quantizer = getattr(_pybind_state, f"quantize_matmul_{bits}bits")
+    quantizer(packed, np.ascontiguousarray(matrix.T), scales, points, group_size, rows, cols, symmetric)
+    kept = scale_dtype or ("bfloat16" if dtype == "bfloat16" else None)
+    stored = torch.from_numpy(scales.astype(np.float32))
+    flat = (stored.to(getattr(torch, kept)).float() if kept else stored).numpy().reshape(-1)
+    if symmetric:
+        return packed.reshape(-1), flat, None
+    shifts = np.arange(each, dtype=np.uint8) * np.uint8(bits)
+    every = (points[..., None] >> shifts & np.uint8((1 << bits) - 1)).reshape(rows, -1)[:, :groups]
+    zeros = every.astype(np.float32) - np.float32(1 << (bits - 1))
+    return np.concatenate([packed.reshape(-1), points.reshape(-1)]), flat, zeros.reshape(-1)
+
+
 def module_of(name: str) -> Any:
     """A module of a package whose ``__init__`` imports more than this machine has: that of its folders is passed over.
 
@@ -333,6 +369,8 @@ def library_quantize(storage: npt.NDArray[Any], dtype: str, options: dict[str, A
     if scheme.startswith("q"):
         return gguf_quantize(storage, dtype, scheme)
     bits = int(scheme.removeprefix("int"))
+    if chosen.get("packing") == "onnx":
+        return onnx_quantize(storage, dtype, bits=bits, **{key: chosen[key] for key in chosen if key != "packing"})
     if "packing" in chosen:
         return repacked(storage, dtype, bits=bits, **chosen)
     return compressed_tensors_quantize(storage, dtype, bits=bits, **chosen)

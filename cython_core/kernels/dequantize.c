@@ -103,6 +103,19 @@ static void restore_integer(const fq_job *job, int64_t begin, int64_t n, float *
   scale_units(job, begin, n, codes, signed_byte, y);
 }
 
+/* As those, but for 8 bits: codes from 0 up. */
+static void restore_onnx(const fq_job *job, int64_t begin, int64_t n, float *y) {
+  if (job->bits != 8) {
+    restore_integer(job, begin, n, y);
+    return;
+  }
+  int8_t codes[FQ_SPAN + FQ_STEP] = {0};
+  memcpy(codes, job->data + begin, (size_t)n);
+  for (int64_t i = 0; i < n; i++)
+    codes[i] = (int8_t)((uint8_t)codes[i] ^ 0x80);
+  scale_units(job, begin, n, codes, signed_byte, y);
+}
+
 /* Of an 8-bit float without its sign, what a float32 with the same fields stands for, times what the exponents differ
  * by: exact, denormals too. From code `special` on there is an infinity, if the format has one, then no numbers. */
 FQ_INLINE vf float8_value(vi code, vf fields, float shift, int special, int has_infinity) {
@@ -277,6 +290,7 @@ static span_restorer *const restorers[] = {
     [FQ_Q5_1] = restore_q5_1,
     [FQ_ARROWQUANT] = restore_arrowquant,
     [FQ_BNB8] = restore_bnb8,
+    [FQ_ONNX] = restore_onnx,
 };
 
 int FQ_NAME(restores)(int32_t family) {

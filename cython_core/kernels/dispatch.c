@@ -3,6 +3,9 @@
 
 #include <stddef.h>
 #include <string.h>
+#if defined(FQ_HAVE_AVX2) || defined(FQ_HAVE_AVX512)
+#include <cpuid.h>
+#endif
 
 #ifdef FQ_HAVE_BASELINE
 extern const fq_kernels fq_kernels_baseline;
@@ -20,9 +23,13 @@ extern const fq_kernels fq_kernels_neon;
 static int always(void) { return 1; }
 
 #if defined(FQ_HAVE_AVX2) || defined(FQ_HAVE_AVX512)
-static int has_avx2(void) {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+/* Clang 14 does not know this feature by name. Whether the system keeps its registers is what "avx2" asks as well. */
+static int has_f16c(void) {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
 }
+
+static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 #endif
 #ifdef FQ_HAVE_AVX512
 static int has_avx512(void) {

@@ -40,11 +40,13 @@ enum fq_family {
   FQ_NVFP4,
   FQ_ARROWQUANT,
   FQ_MLX,
-  FQ_BNB8
+  FQ_BNB8,
+  FQ_ONNX
 };
 
-/* Layouts into which packed integers are turned after all tiles (repack.c); with FQ_NESTED, scales are (nest). */
-enum fq_packing { FQ_AS_PACKED, FQ_GPTQ, FQ_GPTQ_V2, FQ_AWQ, FQ_NESTED };
+/* Layouts into which packed integers are turned after all tiles (repack.c); with FQ_NESTED, scales are (nest),
+ * with FQ_ZEROS_BEHIND only zero points are packed then. */
+enum fq_packing { FQ_AS_PACKED, FQ_GPTQ, FQ_GPTQ_V2, FQ_AWQ, FQ_NESTED, FQ_ZEROS_BEHIND };
 
 typedef struct fq_job {
   const void *weights; /* n weights of dtype, at any address */
@@ -57,7 +59,7 @@ typedef struct fq_job {
   int64_t unit;            /* weights of a group or block, of two groups of 16; of a row if there are no groups */
   int64_t cols;            /* weights of a row */
   int64_t row_bytes;       /* packed bytes of a row */
-  uint8_t *packed;         /* where repack writes, or nest codes; null if data is the answer */
+  uint8_t *packed;         /* where repack writes, or nest writes codes; null if data is the answer */
   float *outer;            /* where nest writes the scales of scales, and their mean */
   int32_t packing;         /* enum fq_packing */
   int32_t family;          /* enum fq_family */

@@ -30,6 +30,9 @@ static void quantize(const fq_job *job, int64_t begin, int64_t end, fq_result *r
   case FQ_FP4:
     FQ_NAME(codebook_quantize)(job, begin, end, result);
     break;
+  case FQ_ONNX:
+    FQ_NAME(onnx_quantize)(job, begin, end, result);
+    break;
   case FQ_BNB8:
     FQ_NAME(dynamic8_quantize)(job, begin, end, result);
     break;
@@ -59,6 +62,13 @@ static void quantize(const fq_job *job, int64_t begin, int64_t end, fq_result *r
   }
 }
 
+static void repack(const fq_job *job, int64_t row, int64_t end) {
+  if (job->packing == FQ_ZEROS_BEHIND)
+    FQ_NAME(onnx_points)(job, row, end);
+  else
+    FQ_NAME(repack)(job, row, end);
+}
+
 #define FQ_TEXT_(name) #name
 #define FQ_TEXT(name) FQ_TEXT_(name)
 
@@ -69,7 +79,7 @@ const fq_kernels FQ_NAME(kernels) = {
     .shrink_errors = FQ_NAME(shrink_errors),
     .shrink_range = FQ_NAME(shrink_range),
     .quantize = quantize,
-    .repack = FQ_NAME(repack),
+    .repack = repack,
     .nest = FQ_NAME(nest),
     .restores = FQ_NAME(restores),
     .restore = FQ_NAME(restore),

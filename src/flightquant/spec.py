@@ -53,6 +53,8 @@ class Scheme:
         Whether there are zero points whatever ``symmetric`` says.
     stored_bits : int
         Bits that one code takes up; 0 for ``bits``.
+    rule : str
+        What makes the codes, where a packing comes with a rule of its own.
     variants : tuple of Scheme
         The same scheme in other bit widths or packings, to be had by ``bit_width`` or ``packing``.
     flat : bool
@@ -82,6 +84,7 @@ class Scheme:
     fixed_scales: str = ""
     always_zero_points: bool = False
     stored_bits: int = 0
+    rule: str = ""
     variants: tuple[Scheme, ...] = ()
 
     @property
@@ -99,6 +102,11 @@ class Scheme:
     def transposed(self) -> bool:
         """Whether words run over several rows, zero points behind them: rows and columns are multiples of 32."""
         return self.packing in TRANSPOSED
+
+    @property
+    def family(self) -> str:
+        """What makes the codes."""
+        return self.rule or self.name
 
     @property
     def nested(self) -> bool:
@@ -134,7 +142,22 @@ def _integer(bits: int, packing: str = "ct-int32", first: str = "group", others:
         exact_with="compressed-tensors 0.20",
         summary=f"{bits}-bit integers with a float scale, for vLLM and transformers through compressed-tensors",
     )
-    return replace(scheme, variants=tuple(_transposed(scheme, name) for name in others))
+    variants = [_transposed(scheme, name) for name in others]
+    if bits in (2, 4, 8):
+        variants.append(_onnx(scheme))
+    return replace(scheme, variants=tuple(variants))
+
+
+def _onnx(scheme: Scheme) -> Scheme:
+    """An integer scheme's name for what ONNX Runtime makes by its own rule."""
+    return replace(
+        scheme,
+        packing="onnx",
+        rule="onnx",
+        granularities=("group",),
+        exact_with="onnxruntime 1.31.1",
+        summary=f"{scheme.bits}-bit integers with a float scale of either sign, for ONNX Runtime's MatMulNBits",
+    )
 
 
 def _transposed(scheme: Scheme, packing: str) -> Scheme:

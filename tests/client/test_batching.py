@@ -135,6 +135,7 @@ class TestCut:
             ((4096, 11008), {"scheme": "int4"}),
             ((4096, 11008), {"scheme": "int8"}),
             ((4096, 11008), {"scheme": "int4", "packing": "awq"}),
+            ((4096, 11008), {"scheme": "int4", "packing": "onnx", "symmetric": False, "group_size": 256}),
             ((32000, 4096), {"scheme": "q8_0"}),
             ((30522, 384), {"scheme": "int4"}),
             ((8, 1024, 4096), {"scheme": "int4", "group_size": 32}),
@@ -172,6 +173,8 @@ class TestCut:
         [
             ((5000, 5000), {"scheme": "int8", "granularity": "tensor", "symmetric": False}),
             ((1 << 23,), {"scheme": "int8"}),
+            ((1 << 23,), {"scheme": "int4", "packing": "onnx"}),
+            ((4096, 2048), {"scheme": "nf4", "packing": "bnb-nested"}),
             ((1 << 23,), {"scheme": "int8", "granularity": "tensor"}),
             (((1 << 23) + 1,), {"scheme": "int4"}),
             ((1, 1 << 23), {"scheme": "int4"}),

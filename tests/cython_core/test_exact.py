@@ -72,6 +72,10 @@ OPTIONS: list[dict[str, Any]] = [
         )
     ),
     *(
+        {"scheme": scheme, "packing": "onnx", "symmetric": symmetric, "group_size": size}
+        for (scheme, size), symmetric in itertools.product((("int2", 32), ("int4", 128), ("int8", 64)), (True, False))
+    ),
+    *(
         {"scheme": "mlx", "bit_width": bits, "group_size": size}
         for bits, size in ((2, 64), (3, 32), (4, 32), (4, 64), (4, 128), (5, 64), (6, 128), (8, 64))
     ),

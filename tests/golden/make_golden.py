@@ -84,7 +84,11 @@ def storage(values: npt.NDArray[np.float64], dtype: str) -> npt.NDArray[Any]:
 
 
 COMMON_LIBRARIES = ("auto-gptq", "autoawq", "mlx", "compressed-tensors", "torch", "gguf", "bitsandbytes", "numpy")
-LIBRARIES = {"kquants": ("llama-cpp-python", "numpy"), "codebook": ("bitsandbytes", "torch", "numpy")}
+LIBRARIES = {
+    "kquants": ("llama-cpp-python", "numpy"),
+    "onnx": ("onnxruntime", "numpy"),
+    "codebook": ("bitsandbytes", "torch", "numpy"),
+}
 
 Case = tuple[tuple[int, int, int], dict[str, Any]]
 """(First row, last row, columns) of the matrix, and the command's options; ``importance`` is a row of the table."""
@@ -190,6 +194,17 @@ def packing(dtype: str) -> Iterator[Case]:
             yield (0, 32, COLS), {**options, "group_size": group_size}
 
 
+def onnx(dtype: str) -> Iterator[Case]:
+    """ONNX Runtime's MatMulNBits of every width; zero points of an odd number of groups."""
+    for scheme, symmetric in itertools.product(("int2", "int4", "int8"), (True, False)):
+        options = {"scheme": scheme, "packing": "onnx", "symmetric": symmetric}
+        yield from (((0, 22, COLS), {**options, "group_size": size}) for size in (32, 128))
+        yield (10, 16, 96), {**options, "group_size": 32}
+        if dtype == "float32":
+            yield (0, 22, COLS), {**options, "group_size": 64, "scale_dtype": "bfloat16"}
+            yield (0, 22, COLS), {**options, "group_size": 256}
+
+
 def gguf(_: str) -> Iterator[Case]:
     """ggml's blocks of 32."""
     yield from (((0, 16, COLS), {"scheme": scheme}) for scheme in ("q8_0", "q4_0"))
@@ -220,6 +235,7 @@ FAMILIES: dict[str, Callable[[str], Iterator[Case]]] = {
     "kquants": kquants,
     "micro": micro,
     "packing": packing,
+    "onnx": onnx,
     "mlx": mlx,
     "arrowquant": arrowquant,
 }

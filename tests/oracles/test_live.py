@@ -160,6 +160,25 @@ def test_other_layouts_are_packed_by_their_libraries(dtype: str, options: dict[s
         same_bits(flightquant.dequantize(table)["w"], again, "dequantized")
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scheme", ["int2", "int4", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matmulnbits_is_onnxruntimes(dtype: str, scheme: str, symmetric: bool) -> None:
+    pytest.importorskip("onnxruntime")
+    layers = matrices(dtype, seed=29)
+    for group_size in (32, 64, 128, 256):
+        options = {"scheme": scheme, "packing": "onnx", "group_size": group_size, "symmetric": symmetric}
+        table = flightquant.quantize(request(layers, dtype), **options)
+        for i, (name, weights) in enumerate(layers.items()):
+            data, scales, zeros = library_quantize(weights, dtype, options)
+            what = f"{name} in {group_size}"
+            same_bits(np.frombuffer(table.column("quantized_data")[i].as_buffer(), np.uint8), data, what)
+            same_bits(table.column("scales")[i].values.to_numpy(), scales, what)
+            assert table.column("zero_points")[i].is_valid != symmetric
+            if zeros is not None:
+                same_bits(table.column("zero_points")[i].values.to_numpy(), zeros, what)
+
+
 @pytest.mark.parametrize("scale_dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_scale_dtype_is_the_librarys(dtype: str, scale_dtype: str) -> None:

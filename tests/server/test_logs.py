@@ -54,6 +54,16 @@ def test_a_call_is_one_line(package_logger: logging.Logger, form: str) -> None:
         assert "\x1b" not in line
 
 
+def test_what_the_span_sender_says_is_in_the_same_form(package_logger: logging.Logger) -> None:
+    stream = io.StringIO()
+    logs.configure("info", "json", stream)
+    logger = logging.getLogger("opentelemetry")
+    logger.getChild("sdk").warning("not sent")
+    handler = logger.handlers.pop()
+    handler.flush()
+    assert json.loads(stream.getvalue())["event"] == "not sent"
+
+
 def test_a_failure_of_ours_is_an_error_with_its_traceback(package_logger: logging.Logger) -> None:
     stream = io.StringIO()
     logs.configure("error", "json", stream)

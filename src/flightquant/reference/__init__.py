@@ -27,6 +27,7 @@ from flightquant.reference import (
     micro,
     mlx,
     nf4,
+    onnx,
     packings,
     quality,
 )
@@ -67,6 +68,8 @@ def packed_bytes(spec: LayerSpec, rows: Size, cols: Size) -> Size:
     packed = rows * spec.scheme.row_bytes(cols)
     if spec.scheme.transposed:
         packed = packed + rows * (cols // (spec.group_size or cols)) * spec.scheme.bits // 8
+    if spec.scheme.rule == "onnx" and not spec.symmetric:
+        packed = packed - rows * (-(cols // spec.group_size) * spec.scheme.bits // 8)
     return packed
 
 
@@ -146,6 +149,9 @@ def quantize(
         data, scales, zeros = mlx.quantize(weights, spec, dtype)
     elif spec.scheme.name == "arrowquant":
         data, scales, zeros = arrowquant.quantize(weights, spec, dtype)
+    elif spec.scheme.rule == "onnx":
+        data, scales, zeros = onnx.quantize(weights, spec, dtype)
+        zeros = None if spec.symmetric else zeros
     else:
         signed, scales, zeros = integer.quantize(weights, spec, dtype, global_amax, importance)
         if spec.scheme.transposed:
@@ -195,6 +201,8 @@ def dequantize_matrix(
         return arrowquant.dequantize(data, scales, zeros, spec, rows, cols)
     if spec.scheme.transposed:
         signed = packings.unpack(data, spec, rows, cols)
+    elif spec.scheme.rule == "onnx":
+        signed = onnx.unpack(data, spec, rows, cols)
     else:
         signed = integer.unpack(data.reshape(rows, -1), cols, spec.scheme.bits)
     return integer.dequantize(signed, scales, zeros, spec)
