@@ -74,11 +74,11 @@ def _torch_peers(matrix: F32) -> Iterator[tuple[str, str, Callable[[], Work]]]:
 
     for case, formula in (("int8", int8), ("int4", int4), ("fp8_e4m3", fp8), ("nf4", nf4)):
         yield case, "torch.compile", lambda formula=formula: _compiled(formula, matrix)  # type: ignore[misc]
-    # Rowwise bytes with a scale and a bias: what int8 with zero points is nearest to.
-    prepack = torch.ops.quantized.embedding_bag_byte_prepack
-    yield "int8 zero points", "FBGEMM byte_prepack", lambda: lambda: prepack(tensor)
-    four = torch.ops.quantized.embedding_bag_4bit_prepack
-    yield "int4 zero points", "FBGEMM 4bit_prepack", lambda: lambda: four(tensor)
+    # The same bytes as packing fbgemm, and what integers with zero points are nearest to.
+    for bits, name in ((8, "byte_prepack"), (4, "4bit_prepack"), (2, "2bit_prepack")):
+        prepack = getattr(torch.ops.quantized, f"embedding_bag_{name}")
+        for case in (f"int{bits} fbgemm", f"int{bits} zero points"):
+            yield case, f"FBGEMM {name}", lambda prepack=prepack: lambda: prepack(tensor)  # type: ignore[misc]
 
 
 def _compressed_tensors_peers(matrix: F32) -> Iterator[tuple[str, str, Callable[[], Work]]]:
@@ -180,7 +180,8 @@ def _ggml_peers(matrix: F32, n_threads: int) -> Iterator[tuple[str, str, Callabl
 
     for scheme, kind in _GGML_TYPES.items():
         if scheme in SCHEMES:
-            yield scheme, "ggml", lambda kind=kind: work(kind)  # type: ignore[misc]
+            case = "mxfp4 gguf" if scheme == "mxfp4" else scheme
+            yield case, "ggml", lambda kind=kind: work(kind)  # type: ignore[misc]
 
 
 def _onnxruntime_peers(matrix: F32) -> Iterator[tuple[str, str, Callable[[], Work]]]:

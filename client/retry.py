@@ -45,11 +45,21 @@ class Retry:
     first_s, longest_s : float
         The wait before the first repetition, in seconds; each further one doubles it, up to ``longest_s``. A new answer
         starts it afresh. Waits are shortened at random by up to half, so that many clients do not come back together.
+    connect_s : float or None
+        The same patience with a server that cannot be reached and has not answered the call at all: most likely the
+        address is wrong. None: ``patience_s``.
     """
 
     patience_s: float = 30.0
     first_s: float = 0.1
     longest_s: float = 5.0
+    connect_s: float | None = None
+
+    def patience(self, failure: FlightquantError, *, answered: bool) -> float:
+        """Seconds without a new answer after which this failure is raised."""
+        if answered or self.connect_s is None or not isinstance(failure, UnavailableError):
+            return self.patience_s
+        return min(self.connect_s, self.patience_s)
 
     def wait_s(self, failures: int, after_s: float | None) -> float:
         """Seconds to wait before the next attempt.
@@ -152,7 +162,7 @@ def answers(
     Raises
     ------
     OverloadedError, DrainingError, UnavailableError, StreamCutError
-        The last failure, once no answer has come for ``patience_s``.
+        The last failure, once no answer has come for as long as ``retry`` says.
     DeadlineError
         The deadline is reached, or a wait would reach it.
     FlightquantError
@@ -189,7 +199,9 @@ def answers(
         failures += 1
         wait = retry.wait_s(failures, failure.retry_after_s)
         now = time.monotonic()
-        if now + wait - last_answer > retry.patience_s:
+        if now + wait - last_answer > retry.patience(failure, answered=replay.answered > 0):
+            if isinstance(failure, UnavailableError) and not replay.answered:
+                failure.add_note(f"tried for {now - last_answer:.0f} s; check the address, and that the server runs")
             raise failure
         if deadline is not None and now + wait >= deadline:
             raise late(failure) from failure

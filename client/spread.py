@@ -88,6 +88,7 @@ class Pool:
         self._changed = Condition()
         self.failure: BaseException | None = None
         self.last_answer = time.monotonic()
+        self.answered = False
 
     def begin(self, *, probing: bool) -> Turn | None:
         """Wait for something to do; None once everything is answered and confirmed, or the call is over."""
@@ -156,6 +157,7 @@ class Pool:
         """The unit whose answer has come."""
         with self._changed:
             self.last_answer = time.monotonic()
+            self.answered = True
             turn.last = unit = turn.held.popleft()
             turn.probing = False
             self._unanswered -= 1
@@ -317,7 +319,8 @@ class Spread:
         with self._counting:
             self._failing.add(lane)
             all_fail = self._failing >= self._living
-        if all_fail and time.monotonic() + wait - max(since, self._pool.last_answer) > self._retry.patience_s:
+        patience = self._retry.patience(failure, answered=self._pool.answered)
+        if all_fail and time.monotonic() + wait - max(since, self._pool.last_answer) > patience:
             raise failure
         log.warning("%s; again in %.1f s, other servers go on", failure, wait)
         self._pool.wait(wait)

@@ -18,7 +18,7 @@ from flightquant.client.compressed import FLOAT8
 from flightquant.client.safetensors import FLOATS, STORAGE
 from flightquant.client.sources import Source, Tensor, TensorMeta, place
 from flightquant.errors import InvalidRequestError
-from flightquant.reference import dequantize, dequantize_matrix, dynamic8, matrix_shape, packed_bytes, scale_count
+from flightquant.reference import dequantize, dynamic8, float8, matrix_shape, packed_bytes, scale_count
 from flightquant.reference.integer import unpack
 from flightquant.reference.numeric import F32, widen
 from flightquant.spec import NESTED, SCHEMES, Command, LayerSpec
@@ -52,12 +52,15 @@ def stored_layers(source: Source) -> dict[str, StoredLayer]:
     found: dict[str, StoredLayer] = {}
     for name, meta in source.tensors.items():
         if name.endswith(".weight_packed"):
-            layer = _integer(source, name.removesuffix("_packed"))
+            read = _micro if meta.dtype == "U8" else _integer
+            layer = read(source, name.removesuffix("_packed"))
+        elif meta.dtype == FLOAT8 and getattr(source.tensors.get(f"{name}_scale"), "dtype", "") == "U8":
+            layer = _micro(source, name)
         elif meta.dtype == FLOAT8 and f"{name}_scale" in source.tensors:
             layer = _float8(source, name)
         elif f"{name}.absmax" in source.tensors:
             layer = _bitsandbytes(source, name)
-        elif meta.dtype.lower() in SCHEMES and SCHEMES[meta.dtype.lower()].block_bytes:
+        elif meta.dtype.lower() in SCHEMES and "gguf" in SCHEMES[meta.dtype.lower()].packings:
             layer = _gguf(source, name)
         else:
             continue
@@ -137,6 +140,33 @@ def _array(source: Source, name: str) -> npt.NDArray[Any]:
     return np.frombuffer(tensor.data, STORAGE.get(tensor.meta.dtype, "|u1"))
 
 
+def _restored(
+    data: npt.NDArray[np.uint8], scales: F32 | None, zeros: F32 | None, spec: LayerSpec, rows: int, cols: int
+) -> F32:
+    """float32 weights of shape (rows, cols) from packed bytes: by the kernels where this machine has them."""
+    from flightquant import dequantize as restore
+
+    def floats(values: F32 | None) -> pa.Array:
+        held = None if values is None else np.ascontiguousarray(values, np.float32).reshape(-1)
+        return pa.array([held], pa.list_(pa.float32()))
+
+    packed = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    places = pa.array([0, packed.size], pa.int64()).buffers()[1]
+    columns = {
+        "layer_name": pa.array(["weight"]),
+        "shape": pa.array([[rows, cols]], pa.list_(pa.int64())),
+        "scheme": pa.array([spec.scheme.name]),
+        "packing": pa.array([spec.scheme.packing]),
+        "group_size": pa.array([spec.group_size], pa.int32()),
+        "quantized_data": pa.Array.from_buffers(pa.large_binary(), 1, [None, places, pa.py_buffer(packed)]),
+        "scales": floats(scales),
+        "zero_points": floats(zeros),
+    }
+    (weights,) = restore(pa.RecordBatch.from_pydict(columns)).values()
+    restored: F32 = weights
+    return restored
+
+
 def _spec_of(scheme: str, scales: TensorMeta, rows: int, cols: int, *, symmetric: bool) -> LayerSpec:
     """The options that a file's scales tell of."""
     count = prod(scales.shape)
@@ -183,7 +213,7 @@ def _integer(source: Source, name: str) -> StoredLayer:
         zeros = None
         if zeros_meta is not None:
             zeros = _zeros(_array(source, zero_name), zeros_meta, rows, bits)
-        return dequantize_matrix(data, _array(source, scale_name), zeros, spec, rows, cols)
+        return _restored(data, _array(source, scale_name), zeros, spec, rows, cols)
 
     return StoredLayer(name, (rows, cols), scheme, parts, weights)
 
@@ -210,9 +240,38 @@ def _float8(source: Source, name: str) -> StoredLayer:
 
     def weights() -> F32:
         data = np.frombuffer(source.load(name).data, np.uint8)
-        return dequantize_matrix(data, _array(source, f"{name}_scale"), None, spec, rows, cols)
+        return _restored(data, _array(source, f"{name}_scale"), None, spec, rows, cols)
 
     return StoredLayer(name, shape, "fp8_e4m3", (name, f"{name}_scale"), weights)
+
+
+def _micro(source: Source, name: str) -> StoredLayer:
+    """Floats of 4 or 8 bits in groups whose scales are powers of two (mx) or 8-bit floats (nvfp4)."""
+    data_name = f"{name}_packed" if f"{name}_packed" in source.tensors else name
+    scale_name, whole_name = f"{name}_scale", f"{name}_global_scale"
+    meta, scales_meta = source.tensors[data_name], source.tensors.get(scale_name)
+    if scales_meta is None:
+        raise _misfit(source, scale_name, "is missing beside its packed weight")
+    scheme = "nvfp4" if scales_meta.dtype == FLOAT8 else "mxfp8" if data_name == name else "mxfp4"
+    spec = Command.build(scheme=scheme).layer_spec()
+    parts = (data_name, scale_name, *((whole_name,) if spec.scheme.whole_scale else ()))
+    if len(meta.shape) != 2 or (spec.scheme.whole_scale and source.tensors.get(whole_name) is None):
+        raise _misfit(source, name, f"is no {scheme}: expected a matrix with {', '.join(parts[1:])}")
+    rows, cols = meta.shape[0], meta.shape[1] * (8 // spec.scheme.bits)
+    fits = scales_meta.dtype in ("U8", FLOAT8) and scales_meta.shape == (rows, cols // spec.group_size)
+    if not fits or cols % spec.group_size or (spec.scheme.whole_scale and _count(source, whole_name) != 1):
+        raise _misfit(source, scale_name, f"does not fit {scheme} of shape {[rows, cols]}")
+
+    def weights() -> F32:
+        codes = np.frombuffer(source.load(scale_name).data, np.uint8)
+        if spec.scheme.whole_scale:
+            groups = float8.decode(codes, float8.FORMATS["fp8_e4m3"])
+            scales = np.append(groups, _array(source, whole_name).astype(np.float32))
+        else:
+            scales = np.ldexp(np.float32(1), codes.astype(np.int32) - 127)
+        return _restored(np.frombuffer(source.load(data_name).data, np.uint8), scales, None, spec, rows, cols)
+
+    return StoredLayer(name, (rows, cols), scheme, parts, weights)
 
 
 def _bitsandbytes(source: Source, name: str) -> StoredLayer:
@@ -242,18 +301,18 @@ def _bitsandbytes(source: Source, name: str) -> StoredLayer:
     def weights() -> F32:
         data = np.concatenate([np.frombuffer(source.load(each).data, np.uint8) for each in bytes_of])
         scales = _array(source, floats)
-        return dequantize_matrix(data, np.append(scales, offset) if nested else scales, None, spec, rows, cols)
+        return _restored(data, np.append(scales, offset) if nested else scales, None, spec, rows, cols)
 
     return StoredLayer(name, shape, spec.scheme.name, parts, weights)
 
 
 def _gguf(source: Source, name: str) -> StoredLayer:
     meta = source.tensors[name]
-    spec = Command.build(scheme=meta.dtype.lower()).layer_spec()
+    spec = Command.build(scheme=meta.dtype.lower(), packing="gguf").layer_spec()
     rows, cols = matrix_shape(meta.shape)
 
     def weights() -> F32:
-        return dequantize_matrix(np.frombuffer(source.load(name).data, np.uint8), None, None, spec, rows, cols)
+        return _restored(np.frombuffer(source.load(name).data, np.uint8), None, None, spec, rows, cols)
 
     return StoredLayer(name, meta.shape, spec.scheme.name, (name,), weights)
 

@@ -54,6 +54,8 @@ cdef extern from "fq.h" nogil:
         FQ_MLX
         FQ_BNB8
         FQ_ONNX
+        FQ_FBGEMM
+        FQ_MXFP4_GGML
     ctypedef struct fq_job:
         const void *weights
         uint8_t *data
@@ -122,6 +124,7 @@ FAMILIES = {  # by Scheme.family
     "q2_k": FQ_Q2_K, "q3_k": FQ_Q3_K, "q4_k": FQ_Q4_K, "q5_k": FQ_Q5_K, "q6_k": FQ_Q6_K, "iq4_nl": FQ_IQ4_NL,
     "mxfp4": FQ_MXFP4, "mxfp8": FQ_MXFP8, "nvfp4": FQ_NVFP4,
     "arrowquant": FQ_ARROWQUANT, "mlx": FQ_MLX, "onnx": FQ_ONNX,
+    "fbgemm": FQ_FBGEMM, "mxfp4-ggml": FQ_MXFP4_GGML,
 }
 
 PACKINGS = {"gptq": FQ_GPTQ, "gptq-v2": FQ_GPTQ_V2, "awq": FQ_AWQ, "bnb-nested": FQ_NESTED, "onnx": FQ_ZEROS_BEHIND}
@@ -132,7 +135,7 @@ cdef enum:
 
 SPEC_FIELDS = (
     "family", "dtype", "arithmetic", "scale_dtype", "bits", "symmetric", "shared_scale", "group_size", "block_bytes",
-    "flat", "in_blocks", "stored_bits", "packing", "shrinks",
+    "flat", "in_blocks", "stored_bits", "packing", "row_tail", "shrinks",
 )
 """Columns of the table of specs that ``lay_out`` takes; ``group_size`` 0 stands for a whole row."""
 
@@ -196,7 +199,7 @@ def lay_out(
             spec, job = specs[spec_of_row[i]], jobs[count]
             group_size, block_bytes = spec[7], spec[8]
             job[WEIGHTS], job[N], job[COLS] = starts[i], lengths[i], matrix[i, 1]
-            job[IMPORTANCE], job[IN_BLOCKS], job[SHRINKS] = importance[i], spec[10], spec[13]
+            job[IMPORTANCE], job[IN_BLOCKS], job[SHRINKS] = importance[i], spec[10], spec[14]
             # Units are whole vectors, two groups of 16 at a time: those of a row of an odd number join the next row's.
             job[UNIT] = max(group_size, 32) if group_size else matrix[i, 1]
             job[FAMILY], job[DTYPE], job[ARITHMETIC], job[SCALE_DTYPE] = spec[0], spec[1], spec[2], spec[3]
@@ -205,6 +208,8 @@ def lay_out(
                 job[ROW_BYTES] = 0
             elif block_bytes:
                 job[ROW_BYTES] = matrix[i, 1] // group_size * block_bytes
+            elif spec[13]:
+                job[ROW_BYTES] = matrix[i, 1] * spec[11] // 8 + spec[13]
             elif spec[11] == 8:
                 job[ROW_BYTES] = matrix[i, 1]
             else:
@@ -212,7 +217,7 @@ def lay_out(
             data = (lengths[i] * job[BITS] + 7) // 8 if spec[9] else matrix[i, 0] * job[ROW_BYTES]
             if job[IN_BLOCKS]:
                 scales = (matrix[i, 0] + FQ_EDGE - 1) // FQ_EDGE * ((matrix[i, 1] + FQ_EDGE - 1) // FQ_EDGE)
-            elif not block_bytes:
+            elif not (block_bytes or spec[13]):
                 unit = group_size if group_size else job[UNIT]
                 scales = 1 if job[SHARED_SCALE] else (lengths[i] + unit - 1) // unit
                 scales += job[FAMILY] == FQ_NVFP4

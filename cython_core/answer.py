@@ -128,7 +128,7 @@ def _options(work: _Work) -> dict[str, pa.Array]:
 
 def _outputs(work: _Work, ok: npt.NDArray[np.bool_] | None) -> dict[str, pa.Array]:
     columns = {"quantized_data": work.data.as_lists(pa.binary(), None, ok)}
-    has_scales = [not spec.scheme.block_bytes for spec in work.specs]
+    has_scales = [not spec.scheme.scales_inside for spec in work.specs]
     has_zeros = [not spec.symmetric for spec in work.specs]
     for name, buffer, having in (("scales", work.scales, has_scales), ("zero_points", work.zeros, has_zeros)):
         if not any(having):

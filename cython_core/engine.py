@@ -439,6 +439,8 @@ class _Work:
 
 def _row_divisor(spec: LayerSpec) -> int:
     """What a row's length must be a multiple of."""
+    if spec.scheme.row_tail:
+        return 8 // spec.scheme.bits
     return spec.group_size if spec.granularity == "group" and not spec.scheme.flat else 1
 
 
@@ -461,6 +463,7 @@ def spec_table(specs: tuple[LayerSpec, ...], dtype: str) -> npt.NDArray[np.int64
                 spec.granularity == "block",
                 spec.scheme.stored_bits or spec.scheme.bits,
                 PACKINGS.get(spec.scheme.packing, 0),
+                spec.scheme.row_tail,
                 spec.calibration == "mse",
             )
             for spec in specs

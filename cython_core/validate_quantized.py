@@ -338,7 +338,7 @@ def _check_sizes_of(checked: CheckedRows, spec: LayerSpec, mine: Ints) -> None:
             text = f'"quantized_data" has {counts[at]} bytes; expected {wanted[at]} for this shape'
             failures.setdefault(i, ("shape_mismatch", text))
     scales = of_shape(scale_count)
-    needed = {"scales": not spec.scheme.block_bytes, "zero_points": not spec.symmetric}
+    needed = {"scales": not spec.scheme.scales_inside, "zero_points": not spec.symmetric}
     for (name, needs), cells in zip(needed.items(), (checked.scales, checked.zeros), strict=True):
         counts = cells.counts[mine]
         bad = counts != scales if needs else (counts >= 0) & (counts != scales)

@@ -152,6 +152,6 @@ def _bytes_out(name: str, shape: Any, spec: LayerSpec) -> int:
             expected="multiples of 32",
         )
     packed = packed_bytes(spec, rows, cols)
-    if spec.scheme.block_bytes:
+    if spec.scheme.scales_inside:
         return packed
     return packed + 4 * scale_count(spec, rows, cols) * (1 if spec.symmetric else 2)

@@ -27,6 +27,7 @@ from flightquant.server.calls import Call
 from flightquant.server.config import TLS_SCHEME, ConfigError, ServerConfig
 from flightquant.server.exchange import Exchange
 from flightquant.server.health import Health
+from flightquant.server.liveness import Liveness
 from flightquant.server.metrics import Metrics
 from flightquant.server.middleware import CallMiddlewareFactory
 from flightquant.server.service import QuantService, build_labels
@@ -82,6 +83,7 @@ class Server:
         self.metrics = Metrics(self.registry, self.admission, build, self.engine.n_threads)
         self._gate = make_gate(config)
         self._tracing = make_tracing(config)
+        self._liveness = Liveness(config.liveness_timeout_s, self._tell_alive)
         self._closing = ExitStack()
         self._health: Health | None = None
         self._service: QuantService | None = None
@@ -104,7 +106,9 @@ class Server:
             exchange = Exchange(self.engine, config.limits, self.admission, self.metrics, config.call_timeout_s)
             places = Places(config.source_root, config.sink_root)
             stored = Stored(places, self.engine, config.limits, self.admission, self.metrics, config.call_timeout_s)
-            middleware = CallMiddlewareFactory(self._gate, self.admission, self._end_call, self._begin_call)
+            middleware = CallMiddlewareFactory(
+                self._gate, self.admission, self._end_call, self._begin_call, self._liveness.is_pulse
+            )
             try:
                 self._service = QuantService(
                     config.location, middleware, exchange, stored, self.engine.n_threads, tls_arguments(config)
@@ -113,6 +117,7 @@ class Server:
                 raise OSError(f"cannot listen on {config.location}") from None
             scheme = TLS_SCHEME if config.tls else "grpc"
             self.location = f"{scheme}://{config.host}:{self._service.port}"
+            self._liveness.start(self.location, certified=config.tls_client_ca is not None)
             self._health.ready()
             self._closing = undo.pop_all()
 
@@ -126,6 +131,14 @@ class Server:
         undo.callback(httpd.server_close)
         undo.callback(httpd.shutdown)
         self.metrics_url = f"http://{host}:{httpd.server_port}/metrics"
+
+    def _tell_alive(self, alive: bool) -> None:
+        if self._health is not None:
+            self._health.alive(alive)
+        if alive:
+            log.info("calls come through again")
+        else:
+            log.error("no call comes through", extra={"fields": {"calls": self.admission.calls}})
 
     def _begin_call(self, call: Call) -> None:
         if self._tracing is not None:
@@ -159,6 +172,7 @@ class Server:
         """
         if self._service is None or self._health is None:
             return 0
+        self._liveness.stop()
         self._health.drain()
         log.info("draining", extra={"fields": {"calls": self.admission.calls}})
         time.sleep(self.config.drain_delay_s)

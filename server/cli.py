@@ -73,6 +73,10 @@ def serve(
     idle_timeout_s: Annotated[
         float, typer.Option(envvar=f"{_ENV}IDLE_TIMEOUT_S", help="Longest silence of a call's client, in seconds.")
     ] = _DEFAULTS.idle_timeout_s,
+    liveness_timeout_s: Annotated[
+        float,
+        typer.Option(envvar=f"{_ENV}LIVENESS_TIMEOUT_S", help="Not alive if no call comes through for so long."),
+    ] = _DEFAULTS.liveness_timeout_s,
     max_name_bytes: Annotated[
         int, typer.Option(envvar=f"{_ENV}MAX_NAME_BYTES", help="Bytes of a layer's name.")
     ] = _LIMITS.max_name_bytes,
@@ -173,6 +177,7 @@ def serve(
             queue_timeout_s=queue_timeout_s,
             call_timeout_s=call_timeout_s,
             idle_timeout_s=idle_timeout_s,
+            liveness_timeout_s=liveness_timeout_s,
             tls_cert=tls_cert,
             tls_key=tls_key,
             tls_client_ca=tls_client_ca,

@@ -62,6 +62,8 @@ class ServerConfig:
         The longest that one may wait.
     call_timeout_s, idle_timeout_s : float
         The longest that one call may take, and that its client may be silent.
+    liveness_timeout_s : float
+        Seconds in which no call comes through, after which the server says that it is not alive.
     tls_cert, tls_key : Path or None
         The server's certificate chain and its key, PEM files, for a ``grpc+tls://`` location; read once, at the start.
     tls_client_ca : Path or None
@@ -98,6 +100,7 @@ class ServerConfig:
     queue_timeout_s: float = 2.0
     call_timeout_s: float = 3600.0
     idle_timeout_s: float = 600.0
+    liveness_timeout_s: float = 60.0
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
@@ -129,6 +132,7 @@ class ServerConfig:
         self._check("max_queued", 0 <= self.max_queued <= 10_000, "0 to 10000")
         self._check("queue_timeout_s", 0 <= self.queue_timeout_s <= 600, "0 to 600 seconds")
         self._check("idle_timeout_s", 0 < self.idle_timeout_s <= 7 * 86400, "more than 0 and at most 604800 seconds")
+        self._check("liveness_timeout_s", 0 < self.liveness_timeout_s <= 3600, "more than 0 and at most 3600 seconds")
         self._check("log_level", self.log_level in LOG_LEVELS, "one of " + ", ".join(LOG_LEVELS))
         self._check("log_format", self.log_format in LOG_FORMATS, "one of " + ", ".join(LOG_FORMATS))
         self._check_tls()

@@ -8,11 +8,15 @@ import grpc  # type: ignore[import-untyped]
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
 SERVICES = ("", "flightquant")
+LIVENESS = "liveness"
+"""Says whether the process does what it should or has to be replaced; serving from the start, and while it drains."""
 THREADS = 4
 
 
 class Health:
     """Answers whether this server may be sent calls: no until :meth:`ready`, no again after :meth:`drain`.
+
+    The service :data:`LIVENESS` answers whether it is alive.
 
     Parameters
     ----------
@@ -32,8 +36,9 @@ class Health:
             experimental_non_blocking=True,
             experimental_thread_pool=ThreadPoolExecutor(THREADS, thread_name_prefix="health-watch"),
         )
-        for service in SERVICES:
-            self._servicer.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._draining = False
+        self._set(*SERVICES, serving=False)
+        self.alive(True)
         # Without this option two servers share a port in silence.
         self._server = grpc.server(
             ThreadPoolExecutor(THREADS, thread_name_prefix="health"), options=[("grpc.so_reuseport", 0)]
@@ -48,12 +53,22 @@ class Health:
 
     def ready(self) -> None:
         """Calls may come."""
-        for service in SERVICES:
-            self._servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+        if not self._draining:
+            self._set(*SERVICES, serving=True)
 
     def drain(self) -> None:
         """No more calls, for good."""
-        self._servicer.enter_graceful_shutdown()
+        self._draining = True
+        self._set(*SERVICES, serving=False)
+
+    def alive(self, alive: bool) -> None:
+        """Whether calls come through."""
+        self._set(LIVENESS, serving=alive)
+
+    def _set(self, *services: str, serving: bool) -> None:
+        states = health_pb2.HealthCheckResponse
+        for service in services:
+            self._servicer.set(service, states.SERVING if serving else states.NOT_SERVING)
 
     def close(self) -> None:
         """Stop answering."""

@@ -62,6 +62,8 @@ class CallMiddlewareFactory(flight.ServerMiddlewareFactory):  # type: ignore[mis
         Told of every call that is over, refused ones included.
     on_start : callable
         Told of every call, before anything is done for it.
+    is_pulse : callable
+        Whether these are the headers of the server's call to itself, which needs no place and is counted nowhere.
     """
 
     def __init__(
@@ -70,8 +72,10 @@ class CallMiddlewareFactory(flight.ServerMiddlewareFactory):  # type: ignore[mis
         admission: Admission,
         on_end: Callable[[Call], None],
         on_start: Callable[[Call], None] = lambda call: None,
+        is_pulse: Callable[[Headers], bool] = lambda headers: False,
     ) -> None:
         super().__init__()
+        self._is_pulse = is_pulse
         self._gate = gate
         self._admission = admission
         self._on_start = on_start
@@ -79,7 +83,10 @@ class CallMiddlewareFactory(flight.ServerMiddlewareFactory):  # type: ignore[mis
 
     def start_call(self, info: Any, headers: Headers) -> CallMiddleware:
         """Called by Flight with the headers of every call."""
-        call = Call.from_headers(_METHODS.get(info.method.name, "other"), headers)
+        method = _METHODS.get(info.method.name, "other")
+        if method == "ListActions" and self._is_pulse(headers):
+            return CallMiddleware(Call("pulse", method), lambda call: None)
+        call = Call.from_headers(method, headers)
         self._on_start(call)
         try:
             with Guard(call):

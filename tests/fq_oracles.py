@@ -291,6 +291,20 @@ def onnx_quantize(
     return np.concatenate([packed.reshape(-1), points.reshape(-1)]), flat, zeros.reshape(-1)
 
 
+def fbgemm_quantize(storage: npt.NDArray[Any], dtype: str, *, bits: int) -> Quantized:
+    """FBGEMM's rows, as torch makes them; a bias of 0, whose sign is its vectors' choice, has that of the least 0."""
+    wide = as_torch(storage, dtype).float()
+    prepack = getattr(torch.ops.quantized, f"embedding_bag_{'byte' if bits == 8 else f'{bits}bit'}_prepack")
+    packed = prepack(wide).numpy()
+    given = wide.numpy()
+    negative = ((given == 0) & np.signbit(given)).any(axis=1)
+    tail = packed[:, -4:] if bits == 8 else packed[:, -2:]
+    bias = np.ascontiguousarray(tail).view(np.float32 if bits == 8 else np.float16)[:, 0]
+    exact = given.min(axis=1) == 0
+    packed[exact & (bias == 0), -1] = np.where(negative, 0x80, 0)[exact & (bias == 0)]
+    return packed.reshape(-1), None, None
+
+
 def module_of(name: str) -> Any:
     """A module of a package whose ``__init__`` imports more than this machine has: that of its folders is passed over.
 
@@ -358,6 +372,8 @@ def library_quantize(storage: npt.NDArray[Any], dtype: str, options: dict[str, A
         return float8_quantize(storage, dtype, kind, **chosen)
     if scheme == "mlx":
         return mlx_quantize(storage, dtype, **chosen)
+    if chosen.get("packing") == "gguf":
+        return gguf_quantize(storage, dtype, scheme)
     if scheme in ("mxfp4", "mxfp8", "nvfp4"):
         return micro_quantize(storage, dtype, scheme, **chosen)
     if scheme == "arrowquant":
@@ -369,6 +385,8 @@ def library_quantize(storage: npt.NDArray[Any], dtype: str, options: dict[str, A
     if scheme.startswith("q"):
         return gguf_quantize(storage, dtype, scheme)
     bits = int(scheme.removeprefix("int"))
+    if chosen.get("packing") == "fbgemm":
+        return fbgemm_quantize(storage, dtype, bits=bits)
     if chosen.get("packing") == "onnx":
         return onnx_quantize(storage, dtype, bits=bits, **{key: chosen[key] for key in chosen if key != "packing"})
     if "packing" in chosen:

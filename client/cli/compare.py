@@ -45,7 +45,7 @@ def dequantize(
 ) -> None:
     """Write the float weights that a quantized model stands for.
 
-    Reads compressed-tensors (integers of 2 to 8 bits, 8-bit floats), bitsandbytes, GGUF, and tables of answers.
+    Reads compressed-tensors (integers of 2 to 8 bits, floats of 4 and 8), bitsandbytes, GGUF, and tables of answers.
     """
     started = time.perf_counter()
     with open_dequantized(model, _DTYPES[dtype]) as source:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import typer
 
-from flightquant.client import QuantClient
+from flightquant.client import QuantClient, Retry
 from flightquant.client.cli.page import write_page
 from flightquant.client.cli.progress import LayerProgress
 from flightquant.client.cli.report import console, conversion_facts, plan_facts, print_conversion, print_plan
@@ -28,6 +28,8 @@ from flightquant.client.sources import Source, open_source
 from flightquant.layers import Layer
 from flightquant.spec import GRANULARITIES, SCALE_DTYPES, SCHEMES, Command
 
+CONNECT_S = 3.0
+"""How long a server is tried that cannot be reached: who waits at a terminal has most likely mistyped its address."""
 EXAMPLES = """
 [bold]Examples[/]
 
@@ -160,7 +162,9 @@ def quantize(
             _show_plan(source, output, made, as_json=as_json, local=server is None, threads=threads)
             return
         access = Credentials(token_file, ca)
-        with QuantClient(server or LOCAL, credentials=access, timeout_s=timeout, n_threads=threads) as client:
+        with QuantClient(
+            server or LOCAL, credentials=access, timeout_s=timeout, retry=Retry(connect_s=CONNECT_S), n_threads=threads
+        ) as client:
             result = _convert(source, output, made, client, resume=resume)
     if report is not None:
         write_page(report, result, source=model, output=output)

@@ -71,7 +71,7 @@ def sizes(plan: Plan, source: Source) -> dict[str, int]:
             tensors = LAYOUTS[plan.target].entries(name, meta.shape, FLOATS[meta.dtype], spec)
             nbytes[name] = sum(tensor_bytes(dtype, shape) for dtype, shape in tensors.values())
         else:
-            scales = 0 if spec.scheme.block_bytes else 4 * scale_count(spec, rows, cols)
+            scales = 0 if spec.scheme.scales_inside else 4 * scale_count(spec, rows, cols)
             nbytes[name] = packed_bytes(spec, rows, cols) + scales * (1 if spec.symmetric else 2)
     return nbytes
 

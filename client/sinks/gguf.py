@@ -45,12 +45,12 @@ class GGUFSink(Sink):
                 "make one with llama.cpp's convert_hf_to_gguf.py --outtype bf16 and quantize that",
                 field="model",
             )
-        known = tuple(name for name, scheme in SCHEMES.items() if scheme.block_bytes)
+        known = tuple(name for name, scheme in SCHEMES.items() if "gguf" in scheme.packings)
         for name in self.plan.commands:
             spec = self.plan.spec(name)
-            if spec.scheme.name not in known:
+            if spec.scheme.packing != "gguf":
                 raise InvalidRequestError(
-                    f"{spec.scheme.name} is no GGUF format; expected {', '.join(known)}",
+                    f"{spec.scheme.name} in packing {spec.scheme.packing} is no GGUF format; expected {', '.join(known)}",
                     field="scheme",
                     got=spec.scheme.name,
                     expected=known,

@@ -14,6 +14,8 @@ void FQ_NAME(affine_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_
 /* Codes in two's complement as the dense stream of the job's width, for other families too. */
 void FQ_NAME(pack_codes)(const fq_job *job, int64_t begin, int64_t n, int8_t *codes);
 void FQ_NAME(onnx_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
+void FQ_NAME(fbgemm_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
+void FQ_NAME(mxfp4_ggml_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 void FQ_NAME(onnx_points)(const fq_job *job, int64_t row, int64_t end);
 void FQ_NAME(mlx_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 void FQ_NAME(shrink_errors)(const fq_job *job, const fq_range *range, int64_t begin, int64_t end, double *errors);

@@ -41,7 +41,9 @@ enum fq_family {
   FQ_ARROWQUANT,
   FQ_MLX,
   FQ_BNB8,
-  FQ_ONNX
+  FQ_ONNX,
+  FQ_FBGEMM,
+  FQ_MXFP4_GGML
 };
 
 /* Layouts into which packed integers are turned after all tiles (repack.c); with FQ_NESTED, scales are (nest),

@@ -33,6 +33,12 @@ static void quantize(const fq_job *job, int64_t begin, int64_t end, fq_result *r
   case FQ_ONNX:
     FQ_NAME(onnx_quantize)(job, begin, end, result);
     break;
+  case FQ_FBGEMM:
+    FQ_NAME(fbgemm_quantize)(job, begin, end, result);
+    break;
+  case FQ_MXFP4_GGML:
+    FQ_NAME(mxfp4_ggml_quantize)(job, begin, end, result);
+    break;
   case FQ_BNB8:
     FQ_NAME(dynamic8_quantize)(job, begin, end, result);
     break;

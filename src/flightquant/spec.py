@@ -55,6 +55,8 @@ class Scheme:
         Bits that one code takes up; 0 for ``bits``.
     rule : str
         What makes the codes, where a packing comes with a rule of its own.
+    row_tail : int
+        Bytes behind each row, which hold its scale and bias.
     variants : tuple of Scheme
         The same scheme in other bit widths or packings, to be had by ``bit_width`` or ``packing``.
     flat : bool
@@ -85,6 +87,7 @@ class Scheme:
     always_zero_points: bool = False
     stored_bits: int = 0
     rule: str = ""
+    row_tail: int = 0
     variants: tuple[Scheme, ...] = ()
 
     @property
@@ -109,6 +112,11 @@ class Scheme:
         return self.rule or self.name
 
     @property
+    def scales_inside(self) -> bool:
+        """Whether scales stand among the packed bytes."""
+        return self.block_bytes > 0 or self.row_tail > 0
+
+    @property
     def nested(self) -> bool:
         """Whether the scales are quantized too: their codes stand behind the weights'."""
         return self.packing == NESTED
@@ -126,6 +134,8 @@ class Scheme:
     def row_bytes(self, cols: Size) -> Size:
         """Packed bytes of a row of ``cols`` weights, where rows are packed one by one."""
         bits = self.stored_bits or self.bits
+        if self.row_tail:
+            return cols * bits // 8 + self.row_tail
         return cols if bits == 8 else -(-cols * bits // 32) * 4
 
 
@@ -144,7 +154,7 @@ def _integer(bits: int, packing: str = "ct-int32", first: str = "group", others:
     )
     variants = [_transposed(scheme, name) for name in others]
     if bits in (2, 4, 8):
-        variants.append(_onnx(scheme))
+        variants += [_onnx(scheme), _fbgemm(scheme)]
     return replace(scheme, variants=tuple(variants))
 
 
@@ -157,6 +167,22 @@ def _onnx(scheme: Scheme) -> Scheme:
         granularities=("group",),
         exact_with="onnxruntime 1.31.1",
         summary=f"{scheme.bits}-bit integers with a float scale of either sign, for ONNX Runtime's MatMulNBits",
+    )
+
+
+def _fbgemm(scheme: Scheme) -> Scheme:
+    """An integer scheme's name for FBGEMM's rows."""
+    return replace(
+        scheme,
+        packing="fbgemm",
+        rule="fbgemm",
+        granularities=("channel",),
+        group_sizes=(),
+        asymmetric=False,
+        scale_dtypes=(),
+        exact_with="FBGEMM in torch 2.13, but for the sign of a bias of 0",
+        summary=f"{scheme.bits}-bit integers with scale and bias behind each row, for FBGEMM's embedding tables",
+        row_tail=8 if scheme.bits == 8 else 4,
     )
 
 
@@ -254,6 +280,20 @@ def _blockwise8() -> Scheme:
     )
 
 
+def _with_ggml(scheme: Scheme) -> Scheme:
+    """``mxfp4`` with ggml's rule and blocks as a variant."""
+    ggml = replace(
+        scheme,
+        packing="gguf",
+        rule="mxfp4-ggml",
+        exact_with="ggml 0.25 and gguf 0.19",
+        summary="ggml's MXFP4 blocks of 32 weights in 17 bytes, for llama.cpp",
+        block_bytes=17,
+        fixed_scales="",
+    )
+    return replace(scheme, variants=(ggml,))
+
+
 def _micro(name: str, bits: int, packing: str, group: int, scales: str, readers: str) -> Scheme:
     kind = {"e8m0": "a power of two", "e4m3": "an 8-bit float"}[scales]
     return Scheme(
@@ -326,7 +366,7 @@ SCHEMES: dict[str, Scheme] = {
         _searched("q3_k", 3, 256, 110),
         _searched("q2_k", 2, 256, 84),
         _searched("iq4_nl", 4, 32, 18),
-        _micro("mxfp4", 4, "mx-lo-first", 32, "e8m0", "vLLM"),
+        _with_ggml(_micro("mxfp4", 4, "mx-lo-first", 32, "e8m0", "vLLM")),
         _micro("mxfp8", 8, "mx-fp8", 32, "e8m0", "vLLM"),
         _micro("nvfp4", 4, "nvfp4-lo-first", 16, "e4m3", "vLLM on NVIDIA's Blackwell"),
         _mlx(4, variants=tuple(_mlx(bits) for bits in (2, 3, 5, 6, 8))),
@@ -373,8 +413,10 @@ class LayerSpec:
 
     def scale_dtype_for(self, weight_dtype: str) -> str:
         """The dtype to which the scales are rounded for weights of ``weight_dtype``."""
-        if self.scheme.block_bytes:
-            return "float16"
+        if self.scheme.rule == "mxfp4-ggml":
+            return "e8m0"
+        if self.scheme.scales_inside:
+            return "float32" if self.scheme.row_tail == 8 else "float16"
         if self.scheme.fixed_scales:
             return self.scheme.fixed_scales
         if self.scale_dtype is not None:
@@ -387,7 +429,7 @@ class LayerSpec:
         """The dtype in which quotients are rounded: the weights' own only if the scales are of it too (CONTRACT)."""
         if self.scheme.fixed_scales:
             return "float32" if weight_dtype == "float64" else weight_dtype
-        if self.scheme.block_bytes or self.scale_dtype_for(weight_dtype) != weight_dtype:
+        if self.scheme.scales_inside or self.scale_dtype_for(weight_dtype) != weight_dtype:
             return "float32"
         return weight_dtype
 

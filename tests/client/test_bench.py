@@ -27,7 +27,7 @@ def test_kernels_are_measured_against_reading(tmp_path: Path) -> None:
     found = json.loads(figures.read_text())
     assert {(row["case"], row["metrics"], row["dtype"]) for row in found["schemes"]} == {
         (case, metrics, dtype)
-        for case in ("int4", "int4 group 32", "int4 zero points", "int4 onnx", "q8_0")
+        for case in ("int4", "int4 group 32", "int4 zero points", "int4 onnx", "int4 fbgemm", "q8_0")
         for metrics in ("off", "on")
         for dtype in ("float32", "bfloat16")
     }

@@ -113,7 +113,7 @@ def test_inspect_reads_files_of_others(run: Run, model: Path) -> None:
         (["--scheme", "q4_0"], "q4_0 is a GGUF format"),
         (["--group-size", "7"], '"group_size" is 7'),
         (["--keep", "nothing_like_it"], 'no tensor fits the pattern "nothing_like_it"'),
-        (["--server", "grpc://127.0.0.1:1"], "the server was lost or cannot be reached"),
+        (["--server", "grpc://127.0.0.1:1"], "check the address, and that the server runs"),
         (["--server", "nonsense"], 'cannot use the address "nonsense"'),
     ],
 )

@@ -28,6 +28,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"scheme": "int8", "granularity": "tensor"},
     {"scheme": "int8", "granularity": "tensor", "symmetric": False},
     {"scheme": "int3", "symmetric": False},
+    {"scheme": "int8", "packing": "fbgemm"},
     {"scheme": "int4", "packing": "onnx", "symmetric": False, "group_size": 128},
     {"scheme": "fp8_e4m3", "granularity": "tensor"},
     {"scheme": "fp8_e4m3", "granularity": "block"},

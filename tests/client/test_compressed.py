@@ -17,6 +17,7 @@ from flightquant.client.convert import convert
 from flightquant.client.recipes import KEPT_PATTERNS, Recipe, make_plan
 from flightquant.client.safetensors import SafetensorsFile
 from flightquant.client.sources import open_source
+from flightquant.client.stored import open_dequantized
 from flightquant.errors import InvalidRequestError, LayerError
 from flightquant.layers import layer_class
 from flightquant.reference import float8, integer, numeric
@@ -293,6 +294,25 @@ def test_small_groups_of_small_floats(tmp_path: Path, dtype: str, options: dict[
     else:
         assert (info.dtype, info.shape) == ("U8", (37, 8))
         np.testing.assert_array_equal(np.ldexp(np.float32(1), stored.astype(np.int32) - 127), scales)
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, *FLOATS, *MICRO], ids=str)
+def test_what_is_stored_is_read_back(tmp_path: Path, options: dict[str, Any]) -> None:
+    tensors = model("bfloat16")
+    target = quantized(tmp_path, tensors, options)
+    wanted = flightquant.dequantize(flightquant.quantize({"w": tensors[f"{UP}.weight"]}, **options))["w"]
+    with open_dequantized(str(target)) as again:
+        np.testing.assert_array_equal(again[f"{UP}.weight"].data.reshape(37, 256), wanted)
+
+
+@pytest.mark.parametrize("scales", [None, np.zeros((37, 7), np.uint8)], ids=["missing", "misshapen"])
+def test_scales_that_do_not_fit_are_named(tmp_path: Path, scales: Any) -> None:
+    stored = official.load_file(quantized(tmp_path, model("float32"), {"scheme": "mxfp4"}))
+    del stored[f"{UP}.weight_scale"]
+    stored |= {} if scales is None else {f"{UP}.weight_scale": scales}
+    problem = "is missing beside its packed weight" if scales is None else r"does not fit mxfp4 of shape \[37, 256\]"
+    with pytest.raises(InvalidRequestError, match=f'"{UP}.weight_scale" of cut.safetensors {problem}'):
+        open_dequantized(str(checkpoint(tmp_path / "cut.safetensors", stored)))
 
 
 @pytest.mark.oracle

@@ -238,3 +238,26 @@ def test_waiting_can_be_ended_from_outside() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         list(answers(attempt, iter([]), Retry(), None, pause))
+
+
+def test_a_server_that_never_answered_is_tried_for_a_shorter_time() -> None:
+    given = iter([Request(batch, 2048) for batch in layers(2)])
+    retry = Retry(patience_s=1000, first_s=1, longest_s=1, connect_s=0.5)
+    waited: list[float] = []
+
+    def attempt(requests: Iterator[Request], left: float | None, failure: Any) -> Iterator[Answer]:
+        raise UnavailableError("nobody there")
+        yield
+
+    with pytest.raises(UnavailableError, match="nobody there") as caught:
+        list(answers(attempt, given, retry, None, waited.append))
+    assert waited == []
+    assert "check the address" in caught.value.__notes__[0]
+
+
+def test_a_server_that_answered_is_waited_for() -> None:
+    retry = Retry(patience_s=1000, connect_s=0.5)
+    assert retry.patience(UnavailableError("gone"), answered=True) == 1000
+    assert retry.patience(UnavailableError("gone"), answered=False) == 0.5
+    assert retry.patience(DrainingError("bye"), answered=False) == 1000
+    assert Retry().patience(UnavailableError("gone"), answered=False) == 30

@@ -71,6 +71,8 @@ OPTIONS: list[dict[str, Any]] = [
             ({"granularity": "channel"}, {"group_size": 64}),
         )
     ),
+    {"scheme": "mxfp4", "packing": "gguf"},
+    *({"scheme": scheme, "packing": "fbgemm"} for scheme in ("int8", "int4", "int2")),
     *(
         {"scheme": scheme, "packing": "onnx", "symmetric": symmetric, "group_size": size}
         for (scheme, size), symmetric in itertools.product((("int2", 32), ("int4", 128), ("int8", 64)), (True, False))

@@ -51,6 +51,8 @@ COMMANDS = [
         {"scheme": "nf4", "packing": "bnb-nested"},
         {"scheme": "bnb8", "group_size": 64},
         {"scheme": "iq4_nl"},
+        {"scheme": "mxfp4", "packing": "gguf"},
+        {"scheme": "int4", "packing": "fbgemm"},
         {"scheme": "int4", "packing": "onnx", "group_size": 32, "symmetric": False},
         {"scheme": "arrowquant", "bit_width": 8},
         {"scheme": "mlx"},

@@ -85,6 +85,8 @@ def storage(values: npt.NDArray[np.float64], dtype: str) -> npt.NDArray[Any]:
 
 COMMON_LIBRARIES = ("auto-gptq", "autoawq", "mlx", "compressed-tensors", "torch", "gguf", "bitsandbytes", "numpy")
 LIBRARIES = {
+    "gguf": ("gguf", "numpy"),
+    "fbgemm": ("torch", "numpy"),
     "kquants": ("llama-cpp-python", "numpy"),
     "onnx": ("onnxruntime", "numpy"),
     "codebook": ("bitsandbytes", "torch", "numpy"),
@@ -209,6 +211,13 @@ def gguf(_: str) -> Iterator[Case]:
     """ggml's blocks of 32."""
     yield from (((0, 16, COLS), {"scheme": scheme}) for scheme in ("q8_0", "q4_0"))
     yield from (((0, 18, COLS), {"scheme": scheme}) for scheme in ("q4_1", "q5_0", "q5_1"))
+    yield (0, 22, COLS), {"scheme": "mxfp4", "packing": "gguf"}
+
+
+def fbgemm(_: str) -> Iterator[Case]:
+    """FBGEMM's rows, in each width that it takes."""
+    for scheme, tails in (("int8", TAILS), ("int4", (2, 34, 100)), ("int2", (4, 36, 100))):
+        yield from (((0, 22, cols), {"scheme": scheme, "packing": "fbgemm"}) for cols in (*tails, COLS))
 
 
 def kquants(dtype: str) -> Iterator[Case]:
@@ -236,6 +245,7 @@ FAMILIES: dict[str, Callable[[str], Iterator[Case]]] = {
     "micro": micro,
     "packing": packing,
     "onnx": onnx,
+    "fbgemm": fbgemm,
     "mlx": mlx,
     "arrowquant": arrowquant,
 }

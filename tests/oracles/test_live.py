@@ -62,7 +62,16 @@ LAYOUTS: list[dict[str, Any]] = [
         (("channel", None), ("group", 32), ("group", 128)),
     )
 ]
-OPTIONS: list[dict[str, Any]] = [*INTEGERS, *FLOATS, *BYTES, *({"scheme": scheme} for scheme in (*GGUF, *MICRO))]
+ROWS = [{"scheme": scheme, "packing": "fbgemm"} for scheme in ("int8", "int4", "int2")]
+GGML_MXFP4 = {"scheme": "mxfp4", "packing": "gguf"}
+OPTIONS: list[dict[str, Any]] = [
+    *INTEGERS,
+    *FLOATS,
+    *BYTES,
+    *ROWS,
+    GGML_MXFP4,
+    *({"scheme": scheme} for scheme in (*GGUF, *MICRO)),
+]
 SEARCHED_OPTIONS = [pytest.param({"scheme": scheme}, marks=needs_ggml) for scheme in SEARCHED]
 
 
@@ -158,6 +167,20 @@ def test_other_layouts_are_packed_by_their_libraries(dtype: str, options: dict[s
         plain = {key: value for key, value in given(options).items() if key != "packing"}
         again = flightquant.dequantize(flightquant.quantize(request({"w": weights}, dtype), **plain))["w"]
         same_bits(flightquant.dequantize(table)["w"], again, "dequantized")
+
+
+def test_mxfp4_next_to_powers_of_two_is_ggmls() -> None:
+    """The float32 logarithm of what lies close below a power is the power's; below 2^-125 the exponent wraps."""
+    powers = np.ldexp(1.0, np.arange(-149, 128)).astype(np.float32)
+    near = powers[None].view(np.int32) + np.arange(-60, 61, dtype=np.int32)[:, None]
+    magnitudes = near[(near > 0) & (near < 0x7F800000)].view(np.float32)
+    weights = magnitudes[:, None] * np.random.default_rng(31).uniform(-1, 1, (magnitudes.size, 32)).astype(np.float32)
+    weights[:, 7] = magnitudes
+    made = flightquant.quantize({"w": weights}, "mxfp4", packing="gguf")
+    data, _, _ = library_quantize(weights, "float32", GGML_MXFP4)
+    same_bits(np.frombuffer(made.column("quantized_data")[0].as_buffer(), np.uint8), data, "data")
+    theirs = gguf.quants.dequantize(data.reshape(len(weights), -1), gguf.GGMLQuantizationType.MXFP4)
+    np.testing.assert_array_equal(flightquant.dequantize(made)["w"], theirs)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -47,7 +47,7 @@ def test_schemes(client: flight.FlightClient) -> None:
         "bit_width": 4, "packing": "bnb-hi-first", "granularity": "group", "group_size": 64, "symmetric": True,
         "calibration": "absmax", "scale_dtype": "float32"
     }  # fmt: skip
-    assert list(int4["packings"]) == ["ct-int32", "gptq", "gptq-v2", "awq", "onnx"]
+    assert list(int4["packings"]) == ["ct-int32", "gptq", "gptq-v2", "awq", "onnx", "fbgemm"]
     assert answers["arrowquant"]["bit_widths"] == [4, 2, 8]
     assert answers["arrowquant"]["defaults"]["symmetric"] is False
     for name, answer in answers.items():

@@ -47,6 +47,7 @@ BAD: list[tuple[str, Any]] = [
     ("max_bytes_in_flight", 0),
     ("call_timeout_s", 0.0),
     ("idle_timeout_s", 0.0),
+    ("liveness_timeout_s", 0.0),
     ("max_queued", -1),
     ("queue_timeout_s", -1.0),
     ("log_level", "loud"),

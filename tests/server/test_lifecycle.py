@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any
 
@@ -118,6 +118,32 @@ def test_an_idle_stream_is_cut_when_the_grace_period_ends() -> None:
         assert events(log)[-1] == events(log)[-1] | {"event": "stopped", "cut_calls": 1}
         with pytest.raises(flight.FlightUnavailableError):
             reader.read_chunk()
+
+
+def test_a_stream_whose_client_does_not_read_is_cut_when_the_grace_period_ends() -> None:
+    """The call's thread waits in a write that nothing can wake."""
+    large = request({"a": np.ones((1024, 1024), np.float32)})
+    with server_process("--grace-s", "2") as server, flight.connect(server.location) as client:
+        options = flight.FlightCallOptions(timeout=120)
+        writer, _ = client.do_exchange(flight.FlightDescriptor.for_command(json.dumps({"scheme": "int8"})), options)
+        writer.begin(large.schema)
+        written: list[float] = []
+
+        def write() -> None:
+            with suppress(pa.ArrowException, OSError):
+                for _ in range(1000):
+                    writer.write_batch(large)
+                    written.append(time.monotonic())
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        eventually(lambda: written and time.monotonic() - written[-1] > 1, "the client is never held back", 60)
+        server.signal(signal.SIGTERM)
+        code, _, log = server.end()
+        thread.join()
+    assert code == 0
+    assert len(written) < 1000
+    assert events(log)[-1] == events(log)[-1] | {"event": "stopped", "cut_calls": 1}
 
 
 def test_a_stream_that_does_not_end_in_time_is_told() -> None:

@@ -20,6 +20,7 @@ from flightquant.quantized import quantized_batches
 from flightquant.reference import (
     arrowquant,
     dynamic8,
+    fbgemm,
     float8,
     gguf,
     integer,
@@ -75,6 +76,8 @@ def packed_bytes(spec: LayerSpec, rows: Size, cols: Size) -> Size:
 
 def fits_groups(spec: LayerSpec, cols: int) -> bool:
     """Whether rows of so many weights can be cut into the groups that the options ask for."""
+    if spec.scheme.row_tail:
+        return cols * spec.scheme.bits % 8 == 0
     return spec.scheme.flat or spec.granularity != "group" or cols % spec.group_size == 0
 
 
@@ -132,6 +135,10 @@ def quantize(
     zeros: F32 | None = None
     if spec.scheme.name in kquants.SCHEMES:
         data = kquants.quantize(weights, spec.scheme.name, dtype, importance)
+    elif spec.scheme.rule == "fbgemm":
+        data = fbgemm.quantize(weights, spec.scheme.bits, dtype)
+    elif spec.scheme.rule == "mxfp4-ggml":
+        data = gguf.quantize_mxfp4(weights, dtype)
     elif spec.scheme.block_bytes:
         data = gguf.quantize(weights, spec.scheme.name, dtype)
     elif spec.scheme.name == "bnb8":
@@ -175,6 +182,10 @@ def dequantize_matrix(
     """float32 weights of shape (rows, cols) from one layer's packed bytes."""
     if spec.scheme.name in kquants.SCHEMES:
         return kquants.dequantize(data, spec.scheme.name, spec.scheme.block_bytes, rows, cols)
+    if spec.scheme.rule == "fbgemm":
+        return fbgemm.dequantize(data, spec.scheme.bits, rows, cols)
+    if spec.scheme.rule == "mxfp4-ggml":
+        return gguf.dequantize_mxfp4(data, rows, cols)
     if spec.scheme.block_bytes:
         return gguf.dequantize(data, spec.scheme.name, spec.scheme.block_bytes, rows, cols)
     if scales is None:

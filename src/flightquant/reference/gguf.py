@@ -120,3 +120,38 @@ def quantize(weights: npt.NDArray[Any], scheme: str, dtype: str) -> Bytes:
 def dequantize(packed: Bytes, scheme: str, block_bytes: int, rows: int, cols: int) -> F32:
     """float32 weights of shape (rows, cols)."""
     return dequantize_blocks(packed.reshape(-1, block_bytes), scheme).reshape(rows, cols)
+
+
+MXFP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+"""Twice the values of e2m1."""
+
+
+def _half_powers(exponents: Bytes) -> F32:
+    """``2^(exponent - 128)``."""
+    return np.ldexp(np.float32(1), exponents.astype(np.int32) - 128).astype(np.float32)
+
+
+def quantize_mxfp4(weights: npt.NDArray[Any], dtype: str) -> Bytes:
+    """``quantize_row_mxfp4_ref``: bytes, flat, of a matrix whose rows are whole blocks.
+
+    The exponent is ``floor(log2(amax)) + 125``, the logarithm rounded to float32, as a byte: below 2^-125 it starts
+    again from 255, so that all codes are 0. On a bound between two values the one nearer to 0 is taken.
+    """
+    blocks = widen(weights, dtype).reshape(-1, BLOCK)
+    amax = np.abs(blocks).max(axis=1)
+    with np.errstate(divide="ignore"):
+        powers = np.floor(np.log2(amax.astype(np.float64)).astype(np.float32))
+    exponents = (np.where(amax > 0, powers + 125, 0).astype(np.int32) & 255).astype(np.uint8)
+    with np.errstate(over="ignore"):
+        bounds = np.array([0.5, 1.5, 2.5, 3.5, 5, 7, 10], np.float32) * _half_powers(exponents)[:, None]
+    codes = (np.abs(blocks)[..., None] > bounds[:, None]).sum(axis=-1).astype(np.uint8)
+    codes |= np.where((codes > 0) & (blocks < 0), np.uint8(8), np.uint8(0))
+    return np.concatenate([exponents[:, None], _pack(codes, 4)], axis=1).reshape(-1)
+
+
+def dequantize_mxfp4(data: Bytes, rows: int, cols: int) -> F32:
+    """float32 weights of shape (rows, cols): the code's value times half the block's power of two."""
+    blocks = data.reshape(-1, 17)
+    with np.errstate(over="ignore"):
+        values = MXFP4_VALUES[_unpack(blocks[:, 1:], 4).astype(np.uint8)] * _half_powers(blocks[:, 0])[:, None]
+    return values.reshape(rows, cols)
