@@ -145,6 +145,7 @@ class Engine:
         told = between or (lambda share: None)
         first, total = plan.reduce_tiles, plan.reduce_tiles + plan.tiles
         self.in_slices(plan.reduce, first, should_stop, seconds, lambda share: told(share * first / total))
+        self.in_slices(plan.search, plan.search_tiles, should_stop, seconds)
         plan.parameters()
         self.in_slices(
             plan.quantize, plan.tiles, should_stop, seconds, lambda share: told((first + share * plan.tiles) / total)
@@ -471,6 +472,7 @@ def spec_table(specs: tuple[LayerSpec, ...], dtype: str) -> npt.NDArray[np.int64
                 spec.scheme.stored_bits or spec.scheme.bits,
                 PACKINGS.get(spec.scheme.packing, 0),
                 spec.scheme.row_tail,
+                spec.calibration == "mse",
             )
             for spec in specs
         ],
