@@ -118,7 +118,7 @@ def _can_cut(shape: tuple[int, ...], spec: LayerSpec) -> bool:
         return False
     if spec.granularity == "tensor":
         # One scale for all: the parts can be told the magnitude of the whole, but not its smallest and largest value.
-        return spec.symmetric and len(shape) > 1
+        return spec.symmetric and spec.calibration == "absmax" and len(shape) > 1
     if spec.scheme.transposed:
         return len(shape) > 1 and fits_transpose(spec, *matrix_shape(shape))
     if len(shape) > 1:

@@ -107,6 +107,7 @@ class QuantClient:
         symmetric: bool | None = None,
         scale_dtype: str | None = None,
         importance: Mapping[str, Any] | None = None,
+        calibration: str | None = None,
         fallback: bool | None = None,
         on_error: str | None = None,
         metrics: bool | None = None,
@@ -120,8 +121,8 @@ class QuantClient:
             NumPy, torch, ml_dtypes and pyarrow arrays of float32, float16, bfloat16 or float64 (dtypes may be mixed), a
             pyarrow Table, RecordBatch or reader, any ``__arrow_c_stream__``, and whatever
             :func:`flightquant.client.open_source` opens: of that, the float tensors.
-        scheme, bit_width, packing, granularity, group_size, symmetric, scale_dtype, importance, fallback, on_error
-        metrics
+        scheme, bit_width, packing, granularity, group_size, symmetric, scale_dtype, importance, calibration
+        fallback, on_error, metrics
             As in the local call; None: the server's default.
         progress : callable, optional
             Called with ``(layer_name, fraction)`` as answers arrive; the fraction is that layer's.
@@ -146,6 +147,7 @@ class QuantClient:
             group_size=group_size,
             symmetric=symmetric,
             scale_dtype=scale_dtype,
+            calibration=calibration,
             fallback=fallback,
             on_error=on_error,
             metrics=metrics,
@@ -275,6 +277,7 @@ class QuantClient:
         symmetric: bool | None = None,
         scale_dtype: str | None = None,
         importance: Mapping[str, Any] | None = None,
+        calibration: str | None = None,
         fallback: bool | None = None,
         on_error: str | None = None,
         metrics: bool | None = None,
@@ -295,6 +298,7 @@ class QuantClient:
             group_size=group_size,
             symmetric=symmetric,
             scale_dtype=scale_dtype,
+            calibration=calibration,
             fallback=fallback,
             on_error=on_error,
             metrics=metrics,

@@ -16,6 +16,7 @@ cdef extern from "fq.h" nogil:
     enum:
         FQ_TILE
         FQ_EDGE
+        FQ_SHRINKS
         FQ_REPACK_ROWS
     enum fq_packing:
         FQ_AS_PACKED
@@ -65,7 +66,8 @@ cdef extern from "fq.h" nogil:
         uint8_t *packed
         float *outer
         int32_t packing
-        int32_t family, dtype, arithmetic, scale_dtype, bits, symmetric, shared_scale, in_blocks, given_scales, measure
+        int32_t family, dtype, arithmetic, scale_dtype, bits, symmetric, shared_scale, in_blocks, given_scales
+        int32_t shrinks, measure
     ctypedef struct fq_range:
         int32_t high, low
     ctypedef struct fq_result:
@@ -78,6 +80,9 @@ cdef extern from "fq.h" nogil:
         void (*reduce)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) noexcept nogil
         void (*parameters)(
             const fq_job *job, const fq_range *ranges, int64_t count, float *scales, float *zeros) noexcept nogil
+        void (*shrink_errors)(
+            const fq_job *job, const fq_range *range, int64_t begin, int64_t end, double *errors) noexcept nogil
+        void (*shrink_range)(const double *errors, fq_range *range) noexcept nogil
         void (*quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) noexcept nogil
         void (*repack)(const fq_job *job, int64_t row, int64_t end) noexcept nogil
         void (*nest)(const fq_job *job) noexcept nogil
@@ -130,13 +135,13 @@ cdef enum:
 
 SPEC_FIELDS = (
     "family", "dtype", "arithmetic", "scale_dtype", "bits", "symmetric", "shared_scale", "group_size", "block_bytes",
-    "flat", "in_blocks", "stored_bits", "packing", "row_tail",
+    "flat", "in_blocks", "stored_bits", "packing", "row_tail", "shrinks",
 )
 """Columns of the table of specs that ``lay_out`` takes; ``group_size`` 0 stands for a whole row."""
 
 cdef enum:  # columns of a job matrix
     WEIGHTS, DATA, SCALES, ZEROS, N, UNIT, COLS, ROW_BYTES, FAMILY, DTYPE, ARITHMETIC, SCALE_DTYPE, BITS, SYMMETRIC
-    SHARED_SCALE, IN_BLOCKS, DATA_BYTES, SCALE_COUNT, PACKING, SCRATCH, IMPORTANCE, JOB_COLUMNS
+    SHARED_SCALE, IN_BLOCKS, DATA_BYTES, SCALE_COUNT, PACKING, SCRATCH, IMPORTANCE, SHRINKS, JOB_COLUMNS
 
 JOB_WIDTH = JOB_COLUMNS
 
@@ -194,7 +199,7 @@ def lay_out(
             spec, job = specs[spec_of_row[i]], jobs[count]
             group_size, block_bytes = spec[7], spec[8]
             job[WEIGHTS], job[N], job[COLS] = starts[i], lengths[i], matrix[i, 1]
-            job[IMPORTANCE], job[IN_BLOCKS] = importance[i], spec[10]
+            job[IMPORTANCE], job[IN_BLOCKS], job[SHRINKS] = importance[i], spec[10], spec[14]
             # Units are whole vectors, two groups of 16 at a time: those of a row of an odd number join the next row's.
             job[UNIT] = max(group_size, 32) if group_size else matrix[i, 1]
             job[FAMILY], job[DTYPE], job[ARITHMETIC], job[SCALE_DTYPE] = spec[0], spec[1], spec[2], spec[3]
@@ -325,6 +330,7 @@ cdef class Plan:
 
     cdef readonly int64_t tiles
     cdef readonly int64_t reduce_tiles
+    cdef readonly int64_t search_tiles
     cdef readonly int64_t repack_tiles
     cdef readonly int64_t nested
     cdef readonly int64_t compared
@@ -337,6 +343,7 @@ cdef class Plan:
     cdef int64_t *_nest_ns
     cdef fq_result *_results
     cdef fq_result *_reduced
+    cdef double *_errors
     cdef const int64_t[:, ::1] _matrix
     cdef const float[::1] _given_amax
     cdef object _owner
@@ -396,6 +403,8 @@ cdef class Plan:
         cdef const int64_t *row = &self._matrix[i, 0]
         job.weights = <const void *><uintptr_t>row[WEIGHTS]
         job.importance = <const float *><uintptr_t>row[IMPORTANCE]
+        # A magnitude that is given is used as it is: there is nothing to search.
+        job.shrinks = row[SHRINKS] and not (row[SHARED_SCALE] and row[SYMMETRIC] and not isnan(self._given_amax[i]))
         job.data = <uint8_t *>(data + <uintptr_t>row[DATA])
         job.packing = row[PACKING]
         if job.packing == FQ_ZEROS_BEHIND:
@@ -430,6 +439,12 @@ cdef class Plan:
             self.tiles += self._cut(i, self._tiles, self.tiles)
             if self._needs_reduce(i):
                 self.reduce_tiles += self._cut(i, self._reduce_tiles, self.reduce_tiles)
+        for i in range(self.reduce_tiles):
+            if self._jobs[self._reduce_tiles[i].job].shrinks:
+                self.search_tiles = self.reduce_tiles
+        self._errors = <double *>calloc(max(self.search_tiles, 1), FQ_SHRINKS * sizeof(double))
+        if self._errors == NULL:
+            raise MemoryError()
         for i in range(self._n_jobs):
             self.repack_tiles += self._cut_rows(i, NULL, 0)
         self._repack_tiles = <Tile *>calloc(max(self.repack_tiles, 1), sizeof(Tile))
@@ -494,6 +509,7 @@ cdef class Plan:
         free(self._results)
         free(self._reduce_tiles)
         free(self._reduced)
+        free(self._errors)
         free(self._repack_tiles)
         free(self._repack_ns)
         free(self._nest_ns)
@@ -512,6 +528,50 @@ cdef class Plan:
         cdef Tile *tile = &self._reduce_tiles[i]
         self._kernels.reduce(&self._jobs[tile.job], tile.begin, tile.end, &self._reduced[i])
         self._reduced[i].nanoseconds = now() - start
+
+    def search(self, int64_t first, int64_t last, int n_threads):
+        """Errors of shrunk ranges, for the tiles from ``first`` up to ``last``, those of ``reduce``."""
+        cdef int64_t i
+        if not 0 <= first <= last <= self.search_tiles:
+            raise IndexError(f"tiles {first} to {last} of {self.search_tiles}")
+        if first == 0:
+            self._share_ranges()
+        with nogil:
+            for i in prange(first, last, num_threads=n_threads, schedule="dynamic", chunksize=1):
+                self._search_one(i)
+
+    cdef int64_t _unit(self, int64_t i) noexcept nogil:
+        """The unit of its job that a tile of ``reduce`` belongs to."""
+        cdef const Tile *tile = &self._reduce_tiles[i]
+        cdef const fq_job *job = &self._jobs[tile.job]
+        return 0 if job.shared_scale or job.family == FQ_NVFP4 else tile.begin // job.unit
+
+    cdef void _share_ranges(self) noexcept:
+        """Give every tile the range of its whole unit."""
+        cdef int64_t i = 0, first, end
+        cdef fq_range range_
+        while i < self.reduce_tiles:
+            first, end, range_ = i, i, self._reduced[i].range
+            while (
+                end < self.reduce_tiles
+                and self._reduce_tiles[end].job == self._reduce_tiles[first].job
+                and self._unit(end) == self._unit(first)
+            ):
+                range_.high = max(range_.high, self._reduced[end].range.high)
+                range_.low = max(range_.low, self._reduced[end].range.low)
+                end += 1
+            for i in range(first, end):
+                self._reduced[i].range = range_
+            i = end
+
+    cdef void _search_one(self, int64_t i) noexcept nogil:
+        cdef int64_t start = now()
+        cdef Tile *tile = &self._reduce_tiles[i]
+        cdef fq_job *job = &self._jobs[tile.job]
+        if job.shrinks:
+            self._kernels.shrink_errors(
+                job, &self._reduced[i].range, tile.begin, tile.end, self._errors + i * FQ_SHRINKS)
+            self._reduced[i].nanoseconds += now() - start
 
     def magnitudes(self, float[::1] amax, int64_t[::1] first_bad, int64_t[::1] nanoseconds):
         """The largest magnitude of each job, all of which are symmetric with one scale, after ``reduce``.
@@ -540,18 +600,20 @@ cdef class Plan:
 
     def parameters(self):
         """Scales and zero points of the reduced jobs, from the ranges of their tiles; the whole tensor's of nvfp4."""
-        cdef int64_t i = 0, j, unit
+        cdef int64_t i = 0, j, k, unit
         cdef float given
         cdef bint elsewhere, whole
         cdef fq_job *job
         cdef fq_range range_
         cdef fq_result *found
+        cdef double[FQ_SHRINKS] errors
         while i < self.reduce_tiles:
             j = self._reduce_tiles[i].job
             job = &self._jobs[j]
             whole = job.shared_scale or job.family == FQ_NVFP4
             unit = 0 if whole else self._reduce_tiles[i].begin // job.unit
             range_ = self._reduced[i].range
+            memset(errors, 0, sizeof(errors))
             while (
                 i < self.reduce_tiles
                 and j == self._reduce_tiles[i].job
@@ -560,6 +622,9 @@ cdef class Plan:
                 found = &self._reduced[i]
                 range_.high = max(range_.high, found.range.high)
                 range_.low = max(range_.low, found.range.low)
+                if job.shrinks:
+                    for k in range(FQ_SHRINKS):
+                        errors[k] += self._errors[i * FQ_SHRINKS + k]
                 i += 1
             if job.family == FQ_NVFP4:
                 self._whole_scale(j, &range_)
@@ -568,9 +633,11 @@ cdef class Plan:
             elsewhere = job.shared_scale and job.symmetric and given == given
             if elsewhere:
                 memcpy(&range_.high, &given, sizeof(given))
+            if job.shrinks:
+                self._kernels.shrink_range(errors, &range_)
             self._kernels.parameters(
                 job, &range_, 1, job.scales + unit, NULL if job.zeros == NULL else job.zeros + unit)
-            job.given_scales = 2 if elsewhere else 1
+            job.given_scales = 2 if elsewhere or job.shrinks else 1
         for j in range(self._n_jobs):
             given = self._given_amax[j]
             if self._jobs[j].family == FQ_NVFP4 and given == given:

@@ -43,7 +43,11 @@ from flightquant.wire import EndMessage, answer_schema
 __all__ = ["Answer", "Engine", "Limits", "Session"]
 
 SLICE_TILES = 128
-"""Tiles between two looks at ``should_stop`` and at other callers: 32 MiB of float32, a few milliseconds."""
+"""Most tiles between two looks at ``should_stop`` and at other callers: 32 MiB of float32, a few milliseconds."""
+SHORT_SLICE_TILES = 40
+"""The first slice, and each one of a format that is slow: more tiles than ever run on their caller's thread."""
+SLICE_S = 0.02
+"""What a slice should take at most: formats that search need 10 to 50 times as long for a tile as others."""
 MAX_ANSWER_BYTES = 2**31 - 1
 Between = Callable[[float], None]
 """Told every few milliseconds how great a share of the work is done; what it raises ends the call."""
@@ -141,6 +145,7 @@ class Engine:
         told = between or (lambda share: None)
         first, total = plan.reduce_tiles, plan.reduce_tiles + plan.tiles
         self.in_slices(plan.reduce, first, should_stop, seconds, lambda share: told(share * first / total))
+        self.in_slices(plan.search, plan.search_tiles, should_stop, seconds)
         plan.parameters()
         self.in_slices(
             plan.quantize, plan.tiles, should_stop, seconds, lambda share: told((first + share * plan.tiles) / total)
@@ -172,11 +177,12 @@ class Engine:
         DeadlineError
             ``should_stop`` returned true.
         """
-        for first in range(0, tiles, SLICE_TILES):
+        first, count = 0, min(SHORT_SLICE_TILES, SLICE_TILES)
+        while first < tiles:
             # Not before the first slice: asking gRPC costs more than a small batch.
             if first and should_stop is not None and should_stop():
                 raise DeadlineError("the call was cancelled or its time is over", field="deadline")
-            last = min(first + SLICE_TILES, tiles)
+            last = min(first + count, tiles)
             asked = time.perf_counter()
             started = ended = asked
 
@@ -191,6 +197,9 @@ class Engine:
             seconds["kernel"] += ended - started
             if between is not None:
                 between(last / tiles)
+            fitting = SLICE_S * (last - first) / max(ended - started, 1e-9)
+            count = min(max(int(fitting), SHORT_SLICE_TILES), SLICE_TILES)
+            first = last
 
     def close(self) -> None:
         """Release the compute threads."""
@@ -463,6 +472,7 @@ def spec_table(specs: tuple[LayerSpec, ...], dtype: str) -> npt.NDArray[np.int64
                 spec.scheme.stored_bits or spec.scheme.bits,
                 PACKINGS.get(spec.scheme.packing, 0),
                 spec.scheme.row_tail,
+                spec.calibration == "mse",
             )
             for spec in specs
         ],

@@ -44,6 +44,7 @@ def quantize(
     symmetric: bool | None = None,
     scale_dtype: str | None = None,
     importance: Mapping[str, Any] | None = None,
+    calibration: str | None = None,
     fallback: bool | None = None,
     on_error: str | None = None,
     metrics: bool | None = None,
@@ -75,6 +76,9 @@ def quantize(
         What an error in each column (input feature) of a layer counts, by layer name: finite numbers of 0 or more, as
         in llama.cpp's importance matrix. For the schemes that search (``q2_k`` to ``q6_k``, ``iq4_nl``); others ignore
         it. Layers that it does not name have none. Arrow data has a column ``importance`` instead.
+    calibration : {"absmax", "mse"}, optional
+        How the range of a scale of ``int2`` to ``int8`` is found: from its extreme weights (default), or shrunk to
+        where the squared error, weighed by ``importance``, is the least.
     fallback : bool, optional
         True: rows that are no multiple of 256, but of 32, get the scheme that llama.cpp takes there in place of a
         k-quant; the answer names it.
@@ -105,6 +109,7 @@ def quantize(
         group_size=group_size,
         symmetric=symmetric,
         scale_dtype=scale_dtype,
+        calibration=calibration,
         fallback=fallback,
         on_error=on_error,
         metrics=metrics,

@@ -38,6 +38,7 @@ def _scheme(scheme: Scheme) -> dict[str, Any]:
     options = ["granularity", "group_size"] if scheme.group_sizes else ["granularity"]
     options += ["bit_width"] if scheme.bit_widths else []
     options += ["packing"] if len(scheme.packings) > 1 else []
+    options += ["calibration"] if scheme.calibrates else []
     options += ["symmetric"] if scheme.asymmetric else []
     options += ["scale_dtype"] if scheme.scale_dtypes else []
     return {
@@ -55,6 +56,7 @@ def _scheme(scheme: Scheme) -> dict[str, Any]:
             "granularity": default.granularity,
             "group_size": default.group_size or None,
             "symmetric": default.symmetric,
+            "calibration": default.calibration,
             "scale_dtype": _scale_dtype(default),
         },
         "packing": scheme.packing,

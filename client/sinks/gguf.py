@@ -50,7 +50,7 @@ class GGUFSink(Sink):
             spec = self.plan.spec(name)
             if spec.scheme.packing != "gguf":
                 raise InvalidRequestError(
-                    f"{spec.scheme.name} in packing {spec.scheme.packing} is no GGUF format; expected {', '.join(known)}",
+                    f"{spec.scheme.name} ({spec.scheme.packing}) is no GGUF format; expected {', '.join(known)}",
                     field="scheme",
                     got=spec.scheme.name,
                     expected=known,

@@ -18,6 +18,11 @@ void FQ_NAME(fbgemm_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_
 void FQ_NAME(mxfp4_ggml_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 void FQ_NAME(onnx_points)(const fq_job *job, int64_t row, int64_t end);
 void FQ_NAME(mlx_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
+void FQ_NAME(shrink_errors)(const fq_job *job, const fq_range *range, int64_t begin, int64_t end, double *errors);
+void FQ_NAME(shrink_range)(const double *errors, fq_range *range);
+/* Shrink the ranges of units that lie one after the other from weight begin of the layer on. */
+void FQ_NAME(shrink_units)(const fq_job *job, const float *x, int64_t begin, int64_t units, int32_t *high,
+                           int32_t *low);
 void FQ_NAME(repack)(const fq_job *job, int64_t row, int64_t end);
 void FQ_NAME(codebook_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 void FQ_NAME(dynamic8_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);

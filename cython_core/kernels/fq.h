@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-enum { FQ_SPAN = 2048, FQ_TILE = 65536, FQ_LANES = 16, FQ_REPACK_ROWS = 128, FQ_EDGE = 128 };
+enum { FQ_SPAN = 2048, FQ_TILE = 65536, FQ_LANES = 16, FQ_SHRINKS = 25, FQ_REPACK_ROWS = 128, FQ_EDGE = 128 };
 
 enum fq_dtype { FQ_F32, FQ_F16, FQ_BF16, FQ_F64 };
 
@@ -74,6 +74,7 @@ typedef struct fq_job {
   int32_t in_blocks;    /* one scale for each block of FQ_EDGE x FQ_EDGE weights, row by row of blocks */
   int32_t given_scales; /* scales and zeros are filled in already: 1 by fq_kernels.parameters from these weights' range,
                            2 from a range that may be another's */
+  int32_t shrinks;      /* of integers: search the shrunk range whose squared error is the least */
   int32_t measure;      /* fill the quality sums */
   void *restored;       /* of a job to restore: n weights of restored_dtype, at any address; null to measure alone */
   int32_t restored_dtype; /* FQ_F32 or FQ_F16 */
@@ -100,6 +101,10 @@ typedef struct fq_kernels {
   void (*reduce)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
   /* Scales and zero points of count ranges, as the job's family makes them. */
   void (*parameters)(const fq_job *job, const fq_range *ranges, int64_t count, float *scales, float *zeros);
+  /* The squared errors of the weights from begin up to end, a piece of one unit with this range, for each of the
+   * FQ_SHRINKS factors by which a range may be shrunk; and a range shrunk by the best of them. */
+  void (*shrink_errors)(const fq_job *job, const fq_range *range, int64_t begin, int64_t end, double *errors);
+  void (*shrink_range)(const double *errors, fq_range *range);
   /* Quantize the weights from begin up to end: whole units, or a piece of one if given_scales. */
   void (*quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
   /* Write the rows from one up to another, FQ_REPACK_ROWS of them or the last ones, in the job's packing. */

@@ -104,8 +104,13 @@ FQ_INLINE void span_parameters(const fq_job *job, fetcher *next, const float *x,
       highest = range_units(next, from, job->unit, units - i, 0, u->high + i, u->low + i);
     if (highest >= FQ_INFINITY_BITS)
       note_bad(x, begin, n, result);
+    if (job->shrinks) {
+      const int64_t some = units - i < FQ_LANES ? units - i : FQ_LANES;
+      FQ_NAME(shrink_units)(job, from, begin + i * job->unit, some, u->high + i, u->low + i);
+    }
     parameters_16(job, u, (int)i);
   }
+  u->careful |= job->shrinks;
   memcpy(job->scales + first, u->scale, (size_t)units * sizeof(float));
   if (job->zeros)
     memcpy(job->zeros + first, u->zero, (size_t)units * sizeof(float));
@@ -122,9 +127,15 @@ FQ_INLINE void unit_parameters(const fq_job *job, int64_t begin, int64_t end, sp
     FQ_NAME(integer_reduce)(job, begin, end, &found);
     if (result->first_bad < 0)
       result->first_bad = found.first_bad;
+    if (job->shrinks) {
+      double errors[FQ_SHRINKS];
+      FQ_NAME(shrink_errors)(job, &found.range, begin, end, errors);
+      FQ_NAME(shrink_range)(errors, &found.range);
+    }
     u->high[0] = found.range.high;
     u->low[0] = found.range.low;
     parameters_16(job, u, 0);
+    u->careful |= job->shrinks;
     job->scales[unit] = u->scale[0];
     if (job->zeros)
       job->zeros[unit] = u->zero[0];

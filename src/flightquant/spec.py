@@ -22,6 +22,7 @@ SCALE_DTYPES = ("float32", "float16", "bfloat16")
 GRANULARITIES = ("tensor", "channel", "group", "block")
 OPERATIONS = ("quantize", "dequantize", "verify", "amax")
 RESTORED_DTYPES = ("float32", "float16")
+CALIBRATIONS = ("absmax", "mse")
 ON_ERROR = ("row", "abort")
 MAX_COMMAND_BYTES = 64 * 1024
 BLOCK_EDGE = 128
@@ -119,6 +120,11 @@ class Scheme:
     def nested(self) -> bool:
         """Whether the scales are quantized too: their codes stand behind the weights'."""
         return self.packing == NESTED
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the range of a scale may be searched."""
+        return self.name.startswith("int")
 
     @property
     def whole_scale(self) -> bool:
@@ -379,7 +385,7 @@ class LayerSpec:
 
     ``scheme`` is the variant asked for. ``group_size`` is 128, the edge of a block, with granularity ``block``, and 0
     unless the granularity is that or ``group``; ``scale_dtype`` is None for "the weights' own dtype".
-    ``fallback``: another scheme is taken for rows that no block divides.
+    ``fallback``: another scheme is taken for rows that no block divides. ``calibration``: how a scale's range is found.
     """
 
     scheme: Scheme
@@ -388,6 +394,7 @@ class LayerSpec:
     symmetric: bool
     scale_dtype: str | None
     fallback: bool = False
+    calibration: str = "absmax"
 
     def fitting(self, cols: int) -> LayerSpec:
         """These options, or with ``fallback`` those of the scheme in their place for rows of ``cols`` weights."""
@@ -436,6 +443,7 @@ _KEYS: dict[str, tuple[type, str]] = {
     "group_size": (int, "an integer"),
     "symmetric": (bool, "true or false"),
     "scale_dtype": (str, "a string"),
+    "calibration": (str, "a string"),
     "fallback": (bool, "true or false"),
     "on_error": (str, "a string"),
     "metrics": (bool, "true or false"),
@@ -468,6 +476,9 @@ def _shown(value: Any) -> str:
     return f'"{text[:80]}"' if isinstance(value, str) else text[:80]
 
 
+_VALUES = {"op": OPERATIONS, "on_error": ON_ERROR, "dtype": RESTORED_DTYPES, "calibration": CALIBRATIONS}
+
+
 @dataclass(frozen=True, slots=True)
 class Command:
     """The command of one call, exactly the contract's keys.
@@ -488,6 +499,7 @@ class Command:
     group_size: int | None = None
     symmetric: bool = True
     scale_dtype: str | None = None
+    calibration: str = "absmax"
     fallback: bool = False
     on_error: str = "row"
     metrics: bool = True
@@ -530,7 +542,7 @@ class Command:
             kind, words = _KEYS[key]
             if type(value) is not kind:
                 raise _refuse(key, value, words)
-        for key, allowed in (("op", OPERATIONS), ("on_error", ON_ERROR), ("dtype", RESTORED_DTYPES)):
+        for key, allowed in _VALUES.items():
             if key in given and given[key] not in allowed:
                 raise _refuse(key, given[key], allowed, f"unknown {key}")
         op = given.get("op", "quantize")
@@ -666,6 +678,8 @@ def _override(command: Command, overrides: tuple[tuple[str, Any], ...]) -> Comma
             fallback["packing"] = None
         if changed.fallback and scheme.packing != "gguf":
             fallback["fallback"] = False
+        if not scheme.calibrates:
+            fallback["calibration"] = "absmax"
         changed = replace(changed, **fallback)
     changed.layer_spec()
     return changed
@@ -709,4 +723,8 @@ def _layer_spec(command: Command) -> LayerSpec:
     symmetric = command.symmetric and not scheme.always_zero_points
     if command.fallback and scheme.packing != "gguf":
         raise _refuse("fallback", command.fallback, "false", f"{scheme.name} has no scheme to fall back to")
-    return LayerSpec(scheme, granularity, group_size, symmetric, command.scale_dtype, command.fallback)
+    if command.calibration != "absmax" and not scheme.calibrates:
+        raise _refuse("calibration", command.calibration, "absmax", f"{scheme.name} has no such calibration")
+    return LayerSpec(
+        scheme, granularity, group_size, symmetric, command.scale_dtype, command.fallback, command.calibration
+    )

@@ -149,6 +149,14 @@ def test_parts_are_verified_with_their_own_rows(client: QuantClient) -> None:
     assert got.column("sqnr_db").to_pylist() == table.column("sqnr_db").to_pylist()
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+def test_calibration_of_layers_in_parts(client: QuantClient, granularity: str) -> None:
+    layers, options = model(), {"granularity": granularity, "calibration": "mse"}
+    got, wanted = (call(layers, "int4", **options) for call in (client.quantize, flightquant.quantize))
+    timeless = [name for name in got.schema.names if name not in ("kernel_ns", "sqnr_db", "cosine")]
+    assert got.select(timeless).combine_chunks().equals(wanted.select(timeless).combine_chunks())
+
+
 def test_fallback_of_layers_in_parts(client: QuantClient) -> None:
     rng = np.random.default_rng(9)
     layers = {f"w{shape}": rng.standard_normal(shape).astype(np.float32) for shape in ((64, 288), (64, 512), (8224,))}

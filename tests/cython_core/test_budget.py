@@ -8,7 +8,9 @@ import time
 
 import pytest
 
+from flightquant.cython_core import engine as engine_module
 from flightquant.cython_core.budget import ThreadBudget, available_cpus
+from flightquant.cython_core.engine import Engine
 
 
 @pytest.fixture
@@ -114,3 +116,17 @@ def test_large_work_is_not_starved_by_small_work(budget: ThreadBudget) -> None:
         thread.join(30)
     assert done == [2] * 5
     budget.close()
+
+
+@pytest.mark.parametrize(("slice_s", "expected"), [(1e9, [40, 128, 128, 104]), (0.0, [40] * 10)])
+def test_slow_formats_are_computed_in_short_slices(
+    monkeypatch: pytest.MonkeyPatch, slice_s: float, expected: list[int]
+) -> None:
+    """Between slices a cancelled call stops and others take their turn."""
+    monkeypatch.setattr(engine_module, "SLICE_S", slice_s)
+    engine = Engine(n_threads=2)
+    slices: list[tuple[int, int]] = []
+    engine.in_slices(lambda first, last, n_threads: slices.append((first, last)), 400, None, {"queue": 0, "kernel": 0})
+    engine.close()
+    assert [last - first for first, last in slices] == expected
+    assert [first for first, _ in slices] == [0, *(last for _, last in slices[:-1])]

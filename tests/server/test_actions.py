@@ -37,7 +37,7 @@ def test_schemes(client: flight.FlightClient) -> None:
     assert int4["group_sizes"] == [32, 64, 128, 256]
     assert int4["defaults"] == {
         "bit_width": 4, "packing": "ct-int32", "granularity": "group", "group_size": 128, "symmetric": True,
-        "scale_dtype": "the weights' own"
+        "calibration": "absmax", "scale_dtype": "the weights' own"
     }  # fmt: skip
     assert "compressed-tensors" in int4["exact_with"]
     assert answers["q4_0"]["packing"] == "gguf"
@@ -45,7 +45,7 @@ def test_schemes(client: flight.FlightClient) -> None:
     assert answers["nf4"]["packing"] == "bnb-hi-first"
     assert answers["nf4"]["defaults"] == {
         "bit_width": 4, "packing": "bnb-hi-first", "granularity": "group", "group_size": 64, "symmetric": True,
-        "scale_dtype": "float32"
+        "calibration": "absmax", "scale_dtype": "float32"
     }  # fmt: skip
     assert list(int4["packings"]) == ["ct-int32", "gptq", "gptq-v2", "awq", "onnx", "fbgemm"]
     assert answers["arrowquant"]["bit_widths"] == [4, 2, 8]

@@ -160,7 +160,7 @@ def quantize(
         data, scales, zeros = onnx.quantize(weights, spec, dtype)
         zeros = None if spec.symmetric else zeros
     else:
-        signed, scales, zeros = integer.quantize(weights, spec, dtype, global_amax)
+        signed, scales, zeros = integer.quantize(weights, spec, dtype, global_amax, importance)
         if spec.scheme.transposed:
             data = packings.pack(signed, zeros.reshape(rows, -1), spec)
         else:
