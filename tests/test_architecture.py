@@ -55,7 +55,7 @@ RULES = {
     "benchmarks": Rule(
         frozenset({"shared", "cython_core", "benchmarks"}),
         frozenset({"client"}),
-        r"apis\.py",
+        r"(apis|files)\.py",
         foreign=frozenset({"grpc"}),
     ),
 }

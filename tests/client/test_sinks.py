@@ -318,3 +318,20 @@ def test_a_killed_command_line_is_gone_on_with(tmp_path: Path) -> None:
     assert tree(target) == wanted
     assert [name for name in os.listdir(tmp_path) if name.startswith(".")] == []
     assert any(lines > 1 for lines in found), "no kill came while it worked"
+
+
+def test_a_disk_that_gives_no_room_is_one_sentence(tmp_path: Path) -> None:
+    source = tmp_path / "m.safetensors"
+    official.save_file({"up.weight": np.ones((256, 512), np.float32)}, source)
+    limited = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); "
+        "from flightquant.client.cli import main; main()"
+    )
+    command = [sys.executable, "-c", limited, "quantize", str(source), "-o", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("flightquant: ")
+    assert "File too large" in last
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == ["m.safetensors"]
