@@ -13,7 +13,7 @@ from flightquant.benchmarks import kernels as measured
 from flightquant.benchmarks import peers as other_libraries
 from flightquant.benchmarks import report
 from flightquant.benchmarks.harness import OtherLoad, header, machine, write_json
-from flightquant.spec import SCHEMES
+from flightquant.schemes import SCHEMES
 
 app = typer.Typer(
     help="Measure this machine: medians and ranges of interleaved rounds, with the machine's header.",

@@ -17,7 +17,8 @@ import numpy as np
 from flightquant.benchmarks.harness import interleaved, reader, summary, weights
 from flightquant.cython_core.engine import Engine
 from flightquant.layers import Layer, layers_batch
-from flightquant.spec import SCHEMES, Command
+from flightquant.schemes import SCHEMES
+from flightquant.spec import Command
 
 Figures = list[dict[str, Any]]
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from flightquant.benchmarks.harness import interleaved, summary, weights
 from flightquant.benchmarks.kernels import Figures, Run, cases
 from flightquant.cython_core.engine import Engine
-from flightquant.spec import SCHEMES
+from flightquant.schemes import SCHEMES
 
 F32 = npt.NDArray[np.float32]
 Work = Callable[[], Any]

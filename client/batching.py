@@ -21,7 +21,8 @@ from flightquant.errors import InvalidRequestError, TooLargeError
 from flightquant.layers import Layer, layers_batch
 from flightquant.reference import fits_groups, fits_transpose, matrix_shape, unit_length
 from flightquant.reference.quality import TILE
-from flightquant.spec import BLOCK_EDGE, OVERRIDE_KEYS, Command, LayerSpec
+from flightquant.schemes import BLOCK_EDGE, LayerSpec
+from flightquant.spec import OVERRIDE_KEYS, Command
 
 MIN_BYTES = 4 << 20
 """Small layers are joined until a message has as much; a layer of this size is sent alone, without a copy."""

@@ -21,7 +21,7 @@ from flightquant.client.sources import TensorMeta
 from flightquant.errors import InvalidRequestError
 from flightquant.reference import dynamic8, matrix_shape, packed_bytes, scale_count
 from flightquant.reference.nf4 import VALUES
-from flightquant.spec import NESTED, SCHEMES, LayerSpec
+from flightquant.schemes import NESTED, SCHEMES, LayerSpec
 
 PACKINGS = ("bnb-hi-first", NESTED)
 STATE = "quant_state.bitsandbytes__"

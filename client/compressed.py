@@ -23,7 +23,7 @@ from flightquant.client.sources import TensorMeta
 from flightquant.errors import InvalidRequestError
 from flightquant.reference import float8, matrix_shape, packed_bytes
 from flightquant.reference.integer import pack
-from flightquant.spec import BLOCK_EDGE, SCHEMES, LayerSpec
+from flightquant.schemes import BLOCK_EDGE, SCHEMES, LayerSpec
 
 CONFIG_KEY = "quantization_config"
 """The key of the file's metadata that holds the configuration as JSON, as a model's ``config.json`` does."""

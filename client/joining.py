@@ -16,7 +16,8 @@ from flightquant.client.batching import Request
 from flightquant.errors import TooLargeError
 from flightquant.reference import matrix_shape, packings
 from flightquant.reference.quality import columns
-from flightquant.spec import TRANSPOSED, Command
+from flightquant.schemes import TRANSPOSED
+from flightquant.spec import Command
 from flightquant.wire import QUALITY_SUMS
 
 MAX_CELL_BYTES = (1 << 31) - 1

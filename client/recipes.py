@@ -13,7 +13,8 @@ from flightquant.client.presets import MIXTURES, PRESETS
 from flightquant.client.sources import Source, TensorMeta
 from flightquant.errors import InvalidRequestError
 from flightquant.reference import fits_groups, matrix_shape
-from flightquant.spec import SCHEMES, Command, LayerSpec
+from flightquant.schemes import SCHEMES, LayerSpec
+from flightquant.spec import Command
 
 KEPT_PATTERNS = ("*embed*", "*norm*", "*lm_head*", "*.wte.*", "*.wpe.*", "*.ln_*", "*.mlp.gate.*", "*.router.*")
 """Weights that stay as they are unless asked for, compared without regard to case: embeddings and norms are no linear

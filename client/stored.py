@@ -21,7 +21,8 @@ from flightquant.errors import InvalidRequestError
 from flightquant.reference import dequantize, dynamic8, float8, matrix_shape, packed_bytes, scale_count
 from flightquant.reference.integer import unpack
 from flightquant.reference.numeric import F32, widen
-from flightquant.spec import NESTED, SCHEMES, Command, LayerSpec
+from flightquant.schemes import NESTED, SCHEMES, LayerSpec
+from flightquant.spec import Command
 
 
 @dataclass(frozen=True, slots=True)

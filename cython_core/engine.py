@@ -37,7 +37,8 @@ from flightquant.cython_core.validate import (
 )
 from flightquant.errors import DeadlineError, InvalidRequestError, LayerError, TooLargeError, clip_text
 from flightquant.layers import Layer, weights_field
-from flightquant.spec import WEIGHT_DTYPES, Command, LayerSpec
+from flightquant.schemes import WEIGHT_DTYPES, LayerSpec
+from flightquant.spec import Command
 from flightquant.wire import EndMessage, answer_schema
 
 __all__ = ["Answer", "Engine", "Limits", "Session"]

@@ -22,7 +22,8 @@ from flightquant.cython_core.validate_quantized import CheckedRows, Ints, Quanti
 from flightquant.errors import DeadlineError, LayerError, TooLargeError, clip_text
 from flightquant.reference import compare, dequantize_matrix, packed_bytes
 from flightquant.reference.numeric import widen
-from flightquant.spec import Command, LayerSpec
+from flightquant.schemes import LayerSpec
+from flightquant.spec import Command
 from flightquant.wire import RESTORED_VALUES, EndMessage, restored_schema, verified_schema
 
 NO_SCHEME = "none"

@@ -27,7 +27,8 @@ from flightquant.cython_core.validate import (
 )
 from flightquant.errors import ROW_STATUSES, InvalidRequestError, clip_text
 from flightquant.reference import fits_groups, fits_transpose, packed_bytes, scale_count, stored_spec
-from flightquant.spec import Command, LayerSpec
+from flightquant.schemes import LayerSpec
+from flightquant.spec import Command
 from flightquant.wire import check_quantized_schema
 
 Ints = npt.NDArray[np.int64]

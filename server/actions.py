@@ -14,7 +14,8 @@ from flightquant import __version__
 from flightquant.cython_core import active_isa, available_isas
 from flightquant.errors import InvalidRequestError, TooLargeError
 from flightquant.reference import fits_groups, fits_transpose, matrix_shape, packed_bytes, scale_count
-from flightquant.spec import SCHEMES, WEIGHT_DTYPES, Command, LayerSpec, Scheme
+from flightquant.schemes import SCHEMES, WEIGHT_DTYPES, LayerSpec, Scheme
+from flightquant.spec import Command
 from flightquant.wire import CONTRACT_VERSION
 
 MAX_BODY_BYTES = 16 << 20

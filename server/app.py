@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry, disable_created_metrics, start_
 
 from flightquant.cython_core.engine import Engine
 from flightquant.layers import as_layer, layers_batch
+from flightquant.schemes import SCHEMES
 from flightquant.server import actions, logs
 from flightquant.server.admission import Admission
 from flightquant.server.auth import Gate, TokenFile, Verifier
@@ -32,7 +33,7 @@ from flightquant.server.metrics import Metrics
 from flightquant.server.middleware import CallMiddlewareFactory
 from flightquant.server.service import QuantService, build_labels
 from flightquant.server.stored import Places, Stored
-from flightquant.spec import SCHEMES, Command
+from flightquant.spec import Command
 
 if TYPE_CHECKING:
     from flightquant.server.tracing import Tracing

@@ -21,11 +21,12 @@ from flightquant.cython_core._memory import bytes_kept
 from flightquant.cython_core.engine import Answer
 from flightquant.errors import ERRORS, ROW_STATUSES
 from flightquant.layers import NUMBERS, layer_class
+from flightquant.schemes import SCHEMES
 from flightquant.server.admission import Admission
 from flightquant.server.calls import UNKNOWN, Call
 from flightquant.server.latency import Latency
 from flightquant.server.memory import memory_limit
-from flightquant.spec import OPERATIONS, SCHEMES
+from flightquant.spec import OPERATIONS
 
 STAGES = ("receive", "validate", "queue", "kernel", "write")
 COPY_SITES = ("transport", "service")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flightquant import errors, spec, wire
+from flightquant import errors, schemes, spec, wire
 
 ROOT = Path(__file__).parents[1]
 CONTRACT = (ROOT / "docs/contract.md").read_text()
@@ -21,7 +21,7 @@ def test_the_readme_shows_the_stock_client_as_it_is_tested() -> None:
     assert len(code.splitlines()) <= 40
 
 
-@pytest.mark.parametrize("scheme", spec.SCHEMES)
+@pytest.mark.parametrize("scheme", schemes.SCHEMES)
 def test_every_scheme_is_documented(scheme: str) -> None:
     index = (ROOT / "docs/formats.md").read_text()
     assert f"`{scheme}`" in index
@@ -34,7 +34,7 @@ def test_every_page_of_a_format_is_in_the_index(page: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "packing", sorted({packing for scheme in spec.SCHEMES.values() for packing in scheme.packings})
+    "packing", sorted({packing for scheme in schemes.SCHEMES.values() for packing in scheme.packings})
 )
 def test_every_packing_is_documented(packing: str) -> None:
     assert any(f"packing: {packing}`" in text or f"| `{packing}`" in text for text in FORMATS.values())

@@ -26,7 +26,8 @@ from flightquant.client.safetensors import FLOATS
 from flightquant.client.sinks import sizes
 from flightquant.client.sources import Source, open_source
 from flightquant.layers import Layer
-from flightquant.spec import GRANULARITIES, SCALE_DTYPES, SCHEMES, Command
+from flightquant.schemes import GRANULARITIES, SCALE_DTYPES, SCHEMES
+from flightquant.spec import Command
 
 CONNECT_S = 3.0
 """How long a server is tried that cannot be reached: who waits at a terminal has most likely mistyped its address."""

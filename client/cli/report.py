@@ -21,7 +21,7 @@ from flightquant.client.sinks import LayerResult
 from flightquant.client.sources import Source
 from flightquant.layers import layer_class
 from flightquant.reference.numeric import widen
-from flightquant.spec import SCHEMES
+from flightquant.schemes import SCHEMES
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 

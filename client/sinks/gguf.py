@@ -14,7 +14,7 @@ from flightquant.client.sources import Tensor
 from flightquant.client.sources.gguf import GGUFSource
 from flightquant.errors import InvalidRequestError
 from flightquant.reference import matrix_shape, packed_bytes
-from flightquant.spec import SCHEMES
+from flightquant.schemes import SCHEMES
 
 _FILE_TYPES = {
     "q2_k": "MOSTLY_Q2_K",

@@ -16,7 +16,7 @@ from flightquant.client.sinks.base import Sink
 from flightquant.client.sinks.work import PlacedFile
 from flightquant.client.sources import Place, Tensor, TensorMeta
 from flightquant.errors import InvalidRequestError
-from flightquant.spec import LayerSpec
+from flightquant.schemes import LayerSpec
 
 SHARD_BYTES = 5_000_000_000
 """Files grow no larger, but for a single tensor: what Hugging Face's own libraries write."""

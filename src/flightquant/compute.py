@@ -23,7 +23,8 @@ import pyarrow.compute as pc
 from flightquant import wire
 from flightquant.errors import InvalidRequestError
 from flightquant.layers import weights_field
-from flightquant.spec import SCHEMES, WEIGHT_DTYPES, Command
+from flightquant.schemes import SCHEMES, WEIGHT_DTYPES
+from flightquant.spec import Command
 
 _NOT_COMPUTED = ("layer_name", "shape", "row_offset")
 RESULT_TYPE = pa.struct([field for field in wire.ANSWER_FIELDS if field.name not in _NOT_COMPUTED])

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from flightquant.benchmarks.cli import app
 from flightquant.benchmarks.kernels import cases
-from flightquant.spec import SCHEMES, Command
+from flightquant.schemes import SCHEMES
+from flightquant.spec import Command
 
 
 def run(*arguments: str) -> str:

@@ -20,8 +20,8 @@ from safetensors import numpy as official
 import flightquant
 from flightquant.client.recipes import PRESETS, available_presets
 from flightquant.client.stored import open_dequantized
+from flightquant.schemes import SCHEMES
 from flightquant.server.app import running_server
-from flightquant.spec import SCHEMES
 
 
 def flightquant_(*arguments: Any, code: int = 0, **environment: str) -> tuple[str, str]:

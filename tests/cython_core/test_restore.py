@@ -25,7 +25,8 @@ from flightquant import reference
 from flightquant.cython_core.engine import Answer, Engine, Limits
 from flightquant.cython_core.restore import QuantizedSession
 from flightquant.errors import DeadlineError, InvalidRequestError, LayerError, TooLargeError
-from flightquant.spec import SCHEMES, Command
+from flightquant.schemes import SCHEMES
+from flightquant.spec import Command
 
 SHAPES = ((3, 256), (1, 4096), (2, 3, 512), (40, 2048), (512,))
 ODD_SHAPES = ((3, 7), (5, 100), (1, 1), (2, 2055), (33,))

@@ -14,8 +14,8 @@ from pyarrow import flight
 
 import flightquant
 from flightquant.cython_core import active_isa, available_isas
+from flightquant.schemes import SCHEMES
 from flightquant.server.app import Server
-from flightquant.spec import SCHEMES
 
 
 def act(client: flight.FlightClient, name: str, body: bytes = b"") -> list[Any]:

@@ -22,11 +22,12 @@ import flightquant
 from flightquant.cython_core import active_isa
 from flightquant.cython_core.engine import Engine
 from flightquant.errors import ERRORS
+from flightquant.schemes import SCHEMES
 from flightquant.server.admission import Admission
 from flightquant.server.app import Server, running_server
 from flightquant.server.latency import Latency
 from flightquant.server.metrics import FEW_NAMES, MAX_CLASS_LENGTH, MAX_LAYER_CLASSES, OTHER, Metrics, layer_keys
-from flightquant.spec import SCHEMES, Command
+from flightquant.spec import Command
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 COMMAND = {"scheme": "int4", "group_size": 32}

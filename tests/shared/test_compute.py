@@ -21,7 +21,7 @@ from flightquant import compute
 from flightquant.compute import RESULT_TYPE
 from flightquant.errors import InvalidRequestError
 from flightquant.layers import as_layer, layers_batch
-from flightquant.spec import SCHEMES
+from flightquant.schemes import SCHEMES
 
 RNG = np.random.default_rng(8)
 LAYERS = {f"layers.{i}.weight": RNG.standard_normal((4, 256), dtype=np.float32) for i in range(10)}

@@ -7,7 +7,8 @@ import pytest
 from fq_testing import GoldenCase, golden_cases, same_bits
 
 from flightquant import reference
-from flightquant.spec import SCHEMES, Command
+from flightquant.schemes import SCHEMES
+from flightquant.spec import Command
 
 
 @pytest.mark.parametrize("case", golden_cases(), ids=lambda case: case.name)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flightquant.errors import InvalidRequestError
-from flightquant.spec import MAX_COMMAND_BYTES, SCHEMES, Command
+from flightquant.schemes import SCHEMES
+from flightquant.spec import MAX_COMMAND_BYTES, Command
 
 KEYS = (
     "op",

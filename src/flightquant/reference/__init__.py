@@ -33,7 +33,8 @@ from flightquant.reference import (
     quality,
 )
 from flightquant.reference.numeric import F32, widen
-from flightquant.spec import BLOCK_EDGE, SCHEMES, Command, LayerSpec, Size
+from flightquant.schemes import BLOCK_EDGE, SCHEMES, LayerSpec, Size
+from flightquant.spec import Command
 
 __all__ = ["QuantizedLayer", "dequantize", "dequantize_matrix", "matrix_shape", "packed_bytes", "quantize"]
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from flightquant.reference.integer import grouped
 from flightquant.reference.numeric import F32, widen
-from flightquant.spec import LayerSpec
+from flightquant.schemes import LayerSpec
 
 
 def quantize(weights: npt.NDArray[Any], spec: LayerSpec, dtype: str) -> tuple[npt.NDArray[np.uint8], F32, F32]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from flightquant.reference.integer import grouped
 from flightquant.reference.numeric import EPS, F32, round_saturating, round_to, widen
-from flightquant.spec import BLOCK_EDGE, LayerSpec
+from flightquant.schemes import BLOCK_EDGE, LayerSpec
 
 
 class Format(NamedTuple):

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from flightquant.reference import quality
 from flightquant.reference.numeric import EPS, F32, round_saturating, round_to, widen
-from flightquant.spec import LayerSpec
+from flightquant.schemes import LayerSpec
 
 Codes = npt.NDArray[np.int8]
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from flightquant.reference import float8
 from flightquant.reference.numeric import F32, round_to, widen
-from flightquant.spec import LayerSpec
+from flightquant.schemes import LayerSpec
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from flightquant.reference import integer
 from flightquant.reference.numeric import F32, round_to, widen
-from flightquant.spec import LayerSpec
+from flightquant.schemes import LayerSpec
 
 SMALLEST = np.float32(1e-7)
 """The least magnitude of a step between codes, before it is fitted to the edge."""

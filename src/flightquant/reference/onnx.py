@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from flightquant.reference import integer
 from flightquant.reference.numeric import F32, round_to, widen
-from flightquant.spec import LayerSpec
+from flightquant.schemes import LayerSpec
 
 UNDER_HALF = np.float32(0.5 - 2.0**-25)
 """Added to what is not negative and cut: half goes away from zero."""

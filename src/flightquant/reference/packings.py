@@ -16,7 +16,7 @@ import numpy.typing as npt
 from flightquant.errors import LayerError
 from flightquant.reference import integer
 from flightquant.reference.numeric import F32
-from flightquant.spec import LayerSpec
+from flightquant.schemes import LayerSpec
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The output column, of eight, in each four bits of a word, from the lowest ones up."""
