@@ -163,7 +163,7 @@ def pack(layers: Iterable[Layer], command: Command, *, importance: bool = False)
         ranges = cut(layer.shape, layer.data.itemsize, spec)
         amax = None
         if len(ranges) > 1 and with_amax:
-            amax = magnitude(layer.data, layer.dtype)
+            amax = magnitude(layer.data, layer.dtype) if layer.global_amax is None else layer.global_amax
             if not np.isfinite(amax):
                 # The server names the bad weight; a scale of infinity or NaN would only hide it.
                 ranges = [(0, layer.shape[0])]
@@ -194,7 +194,7 @@ def _part(first: int, last: int, shape: tuple[int, ...], row_offset: int | None,
 def _joined(layers: list[Layer], with_amax: bool, importance: bool) -> Request:
     batch = layers_batch(layers, [None] * len(layers), importance=importance)
     if with_amax:
-        batch = _with_column(batch, "global_amax", pa.nulls(len(layers), pa.float32()))
+        batch = _with_column(batch, "global_amax", pa.array([layer.global_amax for layer in layers], pa.float32()))
     return Request(batch, sum(layer.nbytes for layer in layers))
 
 

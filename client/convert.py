@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -22,14 +22,21 @@ MAX_WRITES = 2
 
 
 class Selection(Mapping[str, Layer]):
-    """Some layers of a source: a mapping that loads each when asked for, and gives its memory up after it."""
+    """Some layers of a source: a mapping that loads each when asked for, and gives its memory up after it.
 
-    def __init__(self, source: Source, names: Collection[str]) -> None:
+    ``shared`` holds, by name, the magnitude that a layer has to take as its largest.
+    """
+
+    def __init__(self, source: Source, names: Collection[str], shared: Mapping[str, float] | None = None) -> None:
         self._source = source
+        self._shared = shared or {}
         self._names = dict.fromkeys(name for name in source.tensors if name in names)
 
     def __getitem__(self, name: str) -> Layer:
-        return self._source[name]
+        return self._with_shared(self._source[name])
+
+    def _with_shared(self, layer: Layer) -> Layer:
+        return replace(layer, global_amax=self._shared[layer.name]) if layer.name in self._shared else layer
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -43,7 +50,7 @@ class Selection(Mapping[str, Layer]):
 
     def items(self) -> Any:
         """Names and layers, in the source's order."""
-        return ((layer.name, layer) for layer in self._source.layers(self._names))
+        return ((layer.name, self._with_shared(layer)) for layer in self._source.layers(self._names))
 
 
 Quantize = Callable[[Selection, Command], Iterator[pa.RecordBatch]]
@@ -90,6 +97,22 @@ def plan_of(source: Source, output: str | os.PathLike[str], recipe: Recipe) -> P
     return make_plan(source, recipe, target_of(output, recipe))
 
 
+def shared_magnitudes(source: Source, plan: Plan) -> dict[str, float]:
+    """The largest magnitude among the layers of each fused group, by the name of each layer.
+
+    Reads these layers once, one after the other. A layer without a magnitude (it holds NaN, say) leaves its group
+    alone: to quantize it fails, and says why.
+    """
+    from flightquant import amax
+
+    shared: dict[str, float] = {}
+    for names in plan.fused():
+        found = [amax({name: layer}).column("amax")[0].as_py() for name, layer in Selection(source, names).items()]
+        if None not in found:
+            shared |= dict.fromkeys(names, max(found))
+    return shared
+
+
 def convert(
     source: Source,
     output: str | os.PathLike[str],
@@ -129,10 +152,11 @@ def convert(
             for name in plan.commands.keys() & before:
                 already(name)
         waiting = [name for name in plan.commands if name not in before]
+        shared = shared_magnitudes(source, plan) if waiting else {}
         with ThreadPoolExecutor(1, "flightquant-sink") as writer:
             pending: list[Future[Any]] = []
             for command, names in plan.groups(waiting).items():
-                for batch in quantize(Selection(source, names), command):
+                for batch in quantize(Selection(source, names, shared), command):
                     pending.append(writer.submit(sink.write, batch))
                     while len(pending) > MAX_WRITES:
                         pending.pop(0).result()

@@ -21,6 +21,8 @@ KEPT_PATTERNS = ("*embed*", "*norm*", "*lm_head*", "*.wte.*", "*.wpe.*", "*.ln_*
 layers, and the output layer and the routers of expert models lose the most."""
 GGUF_KEPT_PATTERNS = ("*norm*", "*.ffn_gate_inp.*", "*position_embd*", "*token_types*", "*.ssm_conv1d.*")
 """The same for GGUF, where llama.cpp quantizes the embedding and output matrices too."""
+FUSED_MODULES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+"""Modules of one parent that vLLM runs as one, and for which it takes one scale of the whole tensor (nvfp4)."""
 TARGETS = ("compressed-tensors", "bitsandbytes", "gguf", "parquet", "arrow")
 FOLDERS = ("compressed-tensors", "bitsandbytes")
 """Targets that are safetensors files or folders, whose loaders know linear layers alone."""
@@ -285,6 +287,16 @@ class Plan:
         for name in names:
             grouped.setdefault(self.commands[name], []).append(name)
         return grouped
+
+    def fused(self) -> list[list[str]]:
+        """Layers that need one scale of the whole tensor together, see :data:`FUSED_MODULES`."""
+        found: dict[tuple[str, int, Command], list[str]] = {}
+        for name, command in self.commands.items():
+            parent, _, last = module_of(name).rpartition(".")
+            place = next((i for i, together in enumerate(FUSED_MODULES) if last in together), None)
+            if place is not None and command.layer_spec().scheme.whole_scale:
+                found.setdefault((parent, place, command), []).append(name)
+        return [names for names in found.values() if len(names) > 1]
 
     def spec(self, name: str) -> LayerSpec:
         """How a layer is quantized, with every default filled in."""

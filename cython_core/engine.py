@@ -323,7 +323,7 @@ class _Work:
         self._numbers = {self.specs[0]: 0}
         self.spec_of_row = self._resolve(read_overrides(batch, request), command)
         self._fall_back()
-        amax = read_global_amax(batch, request, checked.failures)
+        amax = read_global_amax(batch, request, checked)
         importance, self._importance_holder = read_importance(batch, request, checked)
         self._refuse_uneven()
         count = batch.num_rows

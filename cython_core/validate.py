@@ -349,11 +349,14 @@ def read_overrides(batch: pa.RecordBatch, request: Request) -> list[Mapping[str,
     ]
 
 
-def read_global_amax(
-    batch: pa.RecordBatch, request: Request, failures: dict[int, tuple[str, str]]
-) -> npt.NDArray[np.float32]:
-    """The ``global_amax`` column as float32 of shape (rows,), NaN where it is null or missing."""
+def read_global_amax(batch: pa.RecordBatch, request: Request, checked: CheckedBatch) -> npt.NDArray[np.float32]:
+    """The ``global_amax`` column, or what the layers say, as float32 of shape (rows,); NaN where there is none."""
     none = np.full(batch.num_rows, np.nan, np.float32)
+    if not isinstance(checked.weights, ListColumn):
+        for row, layer in enumerate(checked.weights):
+            if layer.global_amax is not None:
+                none[row] = layer.global_amax
+        return none
     if "global_amax" not in request.columns:
         return none
     column = batch.column("global_amax")
@@ -361,7 +364,7 @@ def read_global_amax(
     values: npt.NDArray[np.float32] = np.where(given, column.fill_null(0).to_numpy(zero_copy_only=False), none)
     for i in np.flatnonzero(given & ~(np.isfinite(values) & (values >= 0))):
         text = f'"global_amax" is {values[i]}; expected a finite magnitude of 0 or more'
-        failures.setdefault(int(i), ("unsupported", text))
+        checked.failures.setdefault(int(i), ("unsupported", text))
         values[i] = np.nan
     return values
 

@@ -47,6 +47,8 @@ class Layer:
         Bytes that had to be copied to get there (0 unless the tensor was strided or of foreign byte order).
     importance : float32 array of shape (shape[-1],), optional
         What an error in each column counts, in schemes that search.
+    global_amax : float, optional
+        Magnitude to take in place of its own largest one, where layers share the scale of the whole tensor.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Layer:
     data: npt.NDArray[Any]
     copied: int = 0
     importance: npt.NDArray[np.float32] | None = None
+    global_amax: float | None = None
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +71,8 @@ class Layer:
         if importance is not None and len(self.shape) == 1 and importance.size == self.shape[0]:
             importance = importance[first:last]
         data = self.data[first * width : last * width]
-        return Layer(self.name, (last - first, *self.shape[1:]), self.dtype, data, importance=importance)
+        shape = (last - first, *self.shape[1:])
+        return Layer(self.name, shape, self.dtype, data, importance=importance, global_amax=self.global_amax)
 
 
 def as_layer(name: str, tensor: Any) -> Layer:
