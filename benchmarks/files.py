@@ -97,7 +97,11 @@ def quantizer(model: Path, output: Path) -> Callable[[], object]:
 
 def child(model: Path, output: Path) -> None:
     """Print the median seconds of reading with one thread, with two, of quantizing, and the peak memory in KiB."""
-    ways = (lambda: read_all(model, 1), lambda: read_all(model, 2), quantizer(model, output))
+    ways: tuple[Callable[[], object], ...] = (
+        lambda: read_all(model, 1),
+        lambda: read_all(model, 2),
+        quantizer(model, output),
+    )
     seconds: list[list[float]] = [[], [], []]
     for turn in range(ROUNDS + 1):
         for way, held in zip(ways, seconds, strict=True):

@@ -29,30 +29,11 @@ FOLDERS = ("compressed-tensors", "bitsandbytes")
 
 _PACKED = (".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight.absmax", ".qweight")
 """What stands beside or for a weight in the files that quantizers write."""
-_OPTIONS = tuple(name for name in Command.__dataclass_fields__ if name not in ("op", "on_error", "metrics"))
-_RULE_KEYS = (
-    "match",
-    "keep",
-    "min_rows",
-    "min_columns",
-    "max_rows",
-    "max_columns",
-    "bit_width",
-    "double_quant",
-    *_OPTIONS,
-)
-_RECIPE_KEYS = (
-    "preset",
-    "target",
-    "keep",
-    "default_keep",
-    "rules",
-    "mixture",
-    "activations",
-    "bit_width",
-    "double_quant",
-    *_OPTIONS,
-)
+_OPTIONS = tuple(name for name in Command.__dataclass_fields__ if name not in ("op", "on_error", "metrics", "dtype"))
+OPTION_KEYS = ("bit_width", "double_quant", *_OPTIONS)
+"""Keys of a recipe, and of its rules, that say how a layer is quantized."""
+_RULE_KEYS = ("match", "keep", "min_rows", "min_columns", "max_rows", "max_columns", *OPTION_KEYS)
+_RECIPE_KEYS = ("preset", "target", "keep", "default_keep", "rules", "mixture", "activations", *OPTION_KEYS)
 
 
 def module_of(name: str) -> str:
@@ -125,7 +106,7 @@ class Recipe:
         _check_keys(given, _RECIPE_KEYS, "the recipe")
         if "preset" in given:
             given = {**preset(given["preset"]), **{key: value for key, value in given.items() if key != "preset"}}
-        options = {key: value for key, value in given.items() if key in (*_OPTIONS, "bit_width", "double_quant")}
+        options = {key: value for key, value in given.items() if key in OPTION_KEYS}
         command = Command.build(**options)
         target = _one_of(given, "target", TARGETS)
         rules = given.get("rules", [])
@@ -250,7 +231,7 @@ def _rule(given: Any, options: Mapping[str, Any]) -> Rule:
     patterns = _patterns(given, "match")
     if not patterns:
         raise _wrong("match", given, "patterns of layers")
-    changed = {key: value for key, value in given.items() if key in (*_OPTIONS, "bit_width", "double_quant")}
+    changed = {key: value for key, value in given.items() if key in OPTION_KEYS}
     keep = _typed(given, "keep", bool, False)
     if keep and changed:
         raise InvalidRequestError(f'the rule for "{patterns[0]}" keeps its layers and has a {min(changed)} as well')

@@ -21,13 +21,13 @@ from flightquant.client.cli.report import console, conversion_facts, plan_facts,
 from flightquant.client.client import LOCAL
 from flightquant.client.connection import Credentials
 from flightquant.client.convert import Conversion, Selection, convert, plan_of
-from flightquant.client.recipes import TARGETS, Recipe, available_presets, preset, read_recipe
+from flightquant.client.recipes import OPTION_KEYS, TARGETS, Recipe, available_presets, preset, read_recipe
 from flightquant.client.safetensors import FLOATS
 from flightquant.client.sinks import sizes
 from flightquant.client.sources import Source, open_source
 from flightquant.layers import Layer
 from flightquant.schemes import GRANULARITIES, SCALE_DTYPES, SCHEMES
-from flightquant.spec import Command
+from flightquant.spec import CALIBRATIONS, Command
 
 CONNECT_S = 3.0
 """How long a server is tried that cannot be reached: who waits at a terminal has most likely mistyped its address."""
@@ -105,6 +105,14 @@ def quantize(
         str | None,
         typer.Option(**choice(SCALE_DTYPES), help="Dtype of the scales.", show_default="the weights' own"),
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            **choice(CALIBRATIONS),
+            help="How an integer's scale is found: mse takes longer and errs less.",
+            show_default="absmax",
+        ),
+    ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(
@@ -155,6 +163,7 @@ def quantize(
         "granularity": granularity,
         "symmetric": symmetric,
         "scale_dtype": scale_dtype,
+        "calibration": calibration,
         "target": target,
     }
     made = build_recipe(preset, recipe, options, keep or [])
@@ -175,10 +184,6 @@ def quantize(
         print_conversion(console(), result, output)
 
 
-_SCHEME_OPTIONS = ("scheme", "bit_width", "group_size", "granularity", "symmetric", "scale_dtype", "mixture",
-                   "activations")  # fmt: skip
-
-
 def build_recipe(name: str | None, path: Path | None, options: dict[str, Any], keep: list[str]) -> Recipe:
     """A recipe from a preset, a file and options; the later decide. A scheme that is named has its own options.
 
@@ -196,7 +201,7 @@ def build_recipe(name: str | None, path: Path | None, options: dict[str, Any], k
         keys |= read
     given = {key: value for key, value in options.items() if value is not None}
     if "scheme" in given:
-        keys = {key: value for key, value in keys.items() if key not in _SCHEME_OPTIONS}
+        keys = {key: value for key, value in keys.items() if key not in (*OPTION_KEYS, "mixture", "activations")}
     elif "granularity" in given:
         keys.pop("group_size", None)
     keys |= given

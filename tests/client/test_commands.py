@@ -18,7 +18,9 @@ import pytest
 from safetensors import numpy as official
 
 import flightquant
+from flightquant.client.cli.quantize import build_recipe
 from flightquant.client.recipes import PRESETS, available_presets
+from flightquant.client.sources import open_source
 from flightquant.client.stored import open_dequantized
 from flightquant.schemes import SCHEMES
 from flightquant.server.app import running_server
@@ -136,6 +138,21 @@ def test_a_server_is_asked_for_every_option_of_a_recipe(model: Path, tmp_path: P
         flightquant_("quantize", model, "-o", there, "--recipe", recipe, "--server", server.location)
     tables = [pq.read_table(path).drop_columns(["kernel_ns", "bytes_copied"]) for path in (here, there)]
     assert tables[0].equals(tables[1])
+
+
+def test_calibration_is_an_option(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q.parquet"
+    flightquant_("quantize", model, "-o", out, "--scheme", "int4", "--calibration", "mse")
+    with open_source(str(model)) as source:
+        layers = {layer.name: layer for layer in source.layers() if len(layer.shape) == 2 and layer.dtype == "bfloat16"}
+        wanted = flightquant.quantize(layers, "int4", calibration="mse")
+    columns = ["layer_name", "quantized_data", "scales"]
+    assert pq.read_table(out, columns=columns).equals(wanted.select(columns))
+
+
+def test_a_scheme_on_the_command_line_leaves_a_presets_options_behind() -> None:
+    assert build_recipe("qlora-nf4", None, {}, []).command.packing == "bnb-nested"
+    assert build_recipe("qlora-nf4", None, {"scheme": "fp4"}, []).command.packing is None
 
 
 def test_a_dry_run_tells_the_very_sizes(model: Path, tmp_path: Path) -> None:
