@@ -214,12 +214,18 @@ def main() -> None:
     parser.add_argument("--step-s", type=float, default=12.0)
     parser.add_argument("--rate", type=float, default=0.0, help="open loop: calls a second of each user; 0: closed")
     parser.add_argument("--max-calls", type=int, default=128, help="the server's limit; fewer than users: overload")
+    parser.add_argument(
+        "--max-queued", type=int, default=64, help="calls that may wait for a place; the rest is refused"
+    )
     parser.add_argument("--compare", action="store_true", help="also against a server that does not compute")
     parser.add_argument("--out", type=Path, default=Path("build/load"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     serve = [str(Path(sys.executable).with_name("flightquant")), "serve", *FREE_PORTS, "--log-level", "warning"]
-    server = Server([*serve, "--max-calls", str(options.max_calls)], options.out / "server.log")
+    server = Server(
+        [*serve, "--max-calls", str(options.max_calls), "--max-queued", str(options.max_queued)],
+        options.out / "server.log",
+    )
     try:
         steps = drive(server, options, options.out)
     finally:
