@@ -1,5 +1,5 @@
-/* HQQ's codes (flightquant/reference/hqq.py): groups of 32 to 128 weights with a float scale and zero point, a byte each
- * at first; those of fewer bits are folded after all tiles. */
+/* HQQ's codes (flightquant/reference/hqq.py): groups of 32 to 128 weights with a float scale and zero point, a byte
+ * each at first; those of fewer bits are folded after all tiles. */
 #include "ends.h"
 #include "families.h"
 

@@ -214,10 +214,10 @@ def test_the_engine_is_the_libraries_bit_for_bit(all_engines: list[Engine]) -> N
 
 
 @pytest.mark.parametrize(("scheme", "fold"), [("hqq4", 2), ("hqq2", 4)])
-def test_groups_that_do_not_fold_are_refused(scheme: str, fold: int, engine: Engine) -> None:
+def test_groups_that_do_not_fold_are_refused(scheme: str, fold: int, any_engine: Engine) -> None:
     layers = {f"{rows} rows": np.ones((rows, 64), np.float32) for rows in range(1, 9)}
     batch = request(layers)
-    answer = engine.session(batch.schema, Command.build(scheme=scheme)).quantize(batch).batch
+    answer = any_engine.session(batch.schema, Command.build(scheme=scheme)).quantize(batch).batch
     for i, rows in enumerate(range(1, 9)):
         assert answer.column("status")[i].as_py() == ("unsupported" if rows % fold else "ok")
         if rows % fold:

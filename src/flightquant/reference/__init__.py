@@ -144,7 +144,9 @@ def quantize(
     if not fits_groups(spec, cols):
         raise LayerError("unsupported", f"group size {spec.group_size} does not divide the row of {cols}")
     if not fits_transpose(spec, rows, cols):
-        raise LayerError("unsupported", f"a matrix of {rows} x {cols} does not fill whole words; expected {whole_words(spec)}")
+        raise LayerError(
+            "unsupported", f"a matrix of {rows} x {cols} does not fill whole words; expected {whole_words(spec)}"
+        )
     scales: F32 | None = None
     zeros: F32 | None = None
     if spec.scheme.name in kquants.SCHEMES:

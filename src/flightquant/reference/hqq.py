@@ -32,12 +32,13 @@ def quantize(weights: npt.NDArray[Any], spec: LayerSpec, dtype: str) -> tuple[np
     with np.errstate(all="ignore"):
         least = np.take_along_axis(groups, groups.argmin(axis=-1)[..., None], axis=-1)
         span = np.minimum(groups.max(axis=-1, keepdims=True) - least, np.finfo(np.float32).max)
-        factor = np.minimum(np.float32(1) / span * levels, STEEPEST)
-        factor = np.where(span <= NARROW, np.float32(1), factor)
-        zeros = -least * factor
+        factor: F32 = np.minimum(np.float32(1) / span * levels, STEEPEST)
+        factor = np.where(span <= NARROW, np.float32(1), factor).astype(np.float32, copy=False)
+        zeros: F32 = -least * factor
         codes = np.clip(np.rint(groups * factor + zeros), 0, levels).astype(np.uint8)
     packed = pack(codes.reshape(-1, spec.group_size), spec)
-    return packed, (np.float32(1) / factor).reshape(-1), zeros.reshape(-1)
+    scales: F32 = np.float32(1) / factor
+    return packed, scales.reshape(-1), zeros.reshape(-1)
 
 
 def pack(codes: npt.NDArray[np.uint8], spec: LayerSpec) -> npt.NDArray[np.uint8]:
@@ -61,7 +62,8 @@ def unpack(packed: npt.NDArray[np.uint8], spec: LayerSpec, count: int) -> npt.ND
         return packed
     words = packed.view(np.uint32) if bits == 3 else packed
     parts = [words >> (bits * (fold - 1 - k)) & ((1 << bits) - 1) for k in range(fold)]
-    return np.concatenate(parts)[:count].astype(np.uint8)
+    codes: npt.NDArray[np.uint8] = np.concatenate(parts)[:count].astype(np.uint8)
+    return codes
 
 
 def dequantize(packed: npt.NDArray[np.uint8], scales: F32, zeros: F32, spec: LayerSpec, rows: int, cols: int) -> F32:
