@@ -52,7 +52,8 @@ def pack(codes: npt.NDArray[np.uint8], spec: LayerSpec) -> npt.NDArray[np.uint8]
     folded = wide[0]
     for part in wide[1:]:
         folded = (folded << bits) | part
-    return folded.view(np.uint8)
+    flat: npt.NDArray[np.uint8] = folded.view(np.uint8)
+    return flat
 
 
 def unpack(packed: npt.NDArray[np.uint8], spec: LayerSpec, count: int) -> npt.NDArray[np.uint8]:
