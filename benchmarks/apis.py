@@ -72,9 +72,9 @@ def main() -> None:
     rounds = (sys.argv[1:] or ["5"])[0]
     nbytes = LAYERS * SIDE * SIDE * 4
     print(f"{LAYERS} layers of {SIDE}x{SIDE} float32, {nbytes >> 20} MiB, four bits; median of {rounds}")
-    with server(SERVE) as (uri, _):
+    with server(SERVE) as (ready, _):
         for name in WAYS:
-            command = [sys.executable, "-m", "flightquant.benchmarks.apis", name, rounds, uri]
+            command = [sys.executable, "-m", "flightquant.benchmarks.apis", name, rounds, ready["flight"]]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             seconds, peak = map(float, done.stdout.split())
             print(f"{name:8} {seconds * 1e3:9.1f} ms {nbytes / seconds / 1e9:7.2f} GB/s {peak:8.0f} MiB more")

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,12 +35,12 @@ SAME_SIZES = (sys.executable, "-m", "flightquant.benchmarks.same_sizes_server")
 
 
 @contextmanager
-def server(command: tuple[str, ...]) -> Iterator[tuple[str, int]]:
-    """A server process: its address and process id."""
+def server(command: tuple[str, ...]) -> Iterator[tuple[dict[str, str], int]]:
+    """A server process: its addresses, as it prints them, and its process id."""
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         ready = json.loads(process.stdout.readline() if process.stdout else "null")
-        yield ready["flight"], process.pid
+        yield ready, process.pid
     finally:
         process.kill()
         process.wait()
@@ -49,6 +50,15 @@ def cpu_seconds(pid: int) -> float:
     """CPU time that a process has used, user and system."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def stages(metrics: str) -> dict[str, float]:
+    """Seconds that a server has spent in each stage, from its metrics."""
+    with urllib.request.urlopen(metrics, timeout=30) as answer:  # noqa: S310 -- of our own server
+        lines = answer.read().decode().splitlines()
+    name = 'flightquant_stage_seconds_sum{stage="'
+    found = (line.removeprefix(name).split('"} ') for line in lines if line.startswith(name))
+    return {stage: float(seconds) for stage, seconds in found}
 
 
 def exchange(client: flight.FlightClient, batch: pa.RecordBatch, count: int, command: dict[str, Any]) -> None:
@@ -86,7 +96,8 @@ def compare(batch_bytes: int, total: int, rounds: int, command: dict[str, Any]) 
     sides: dict[str, dict[str, list[float]]] = {}
     with server(SERVE) as computing, server(SAME_SIZES) as floor:
         clients = {"flightquant": computing, "no computing": floor}
-        connections = {name: flight.connect(address) for name, (address, _) in clients.items()}
+        connections = {name: flight.connect(ready["flight"]) for name, (ready, _) in clients.items()}
+        checking = 0.0
         for turn in range(rounds + 1):
             for name, (_, pid) in clients.items():
                 before, start = cpu_seconds(pid), time.perf_counter()
@@ -96,13 +107,18 @@ def compare(batch_bytes: int, total: int, rounds: int, command: dict[str, Any]) 
                     side = sides.setdefault(name, {"gb_s": [], "cpu_s_per_gib": []})
                     side["gb_s"].append(nbytes / 1e9 / seconds)
                     side["cpu_s_per_gib"].append((cpu_seconds(pid) - before) / (nbytes / GIB))
+            if not turn:
+                checking = -stages(computing[0]["metrics"])["validate"]
+        checking += stages(computing[0]["metrics"])["validate"]
     ratios = [a / b for a, b in zip(sides["flightquant"]["gb_s"], sides["no computing"]["gb_s"], strict=True)]
     medians = {
         name: {key: statistics.median(values) for key, values in side.items()}
         | {"min": min(side["gb_s"]), "max": max(side["gb_s"])}
         for name, side in sides.items()
     }
-    return {"batch_bytes": batch_bytes, "bytes": nbytes, **medians, "ratio": statistics.median(ratios)}
+    took = sum(nbytes / 1e9 / rate for rate in sides["flightquant"]["gb_s"])
+    checks = {"checks_us": checking / rounds / count * 1e6, "checks_share": checking / took}
+    return {"batch_bytes": batch_bytes, "bytes": nbytes, **medians, "ratio": statistics.median(ratios), **checks}
 
 
 def run(scheme: str, batch_mib: list[int], total_mib: int, rounds: int, json_file: Path | None) -> None:
@@ -121,5 +137,7 @@ def run(scheme: str, batch_mib: list[int], total_mib: int, rounds: int, json_fil
                 f"  server CPU {side['cpu_s_per_gib']:.2f} s/GiB"
             )
         print(f"  {mib:3} MiB  ratio {row['ratio']:.2f} (median of the rounds' ratios)")
+        checks = f"{row['checks_us']:.0f} us a batch, {row['checks_share']:.1%} of its time"
+        print(f"  {mib:3} MiB  checks and layout {checks}")
     print(f"CPU time stolen by the host: {load.shares()['stolen']:.1%}")
     write_json(json_file, {"machine": facts, "exchange": found})

@@ -49,6 +49,11 @@ LAST_WORD_S = 2.0
 """Of the grace period, the share at its end in which calls that still run are told ``draining``: at most half of it."""
 
 
+LAST_RESORT_S = 10.0
+"""Seconds after the grace period at which the process ends whatever it does: a library that hangs at its end, since its
+own log is a pipe that nobody reads for instance, must not keep it."""
+
+
 class Server:
     """One server with its health and metrics ports: :meth:`startup`, then :meth:`shutdown`.
 
@@ -316,6 +321,9 @@ def run(config: ServerConfig) -> None:
     print(server.ready_line(), flush=True)  # noqa: T201 -- the ready line is the process's one line of output
     log.info("ready", extra={"fields": actions.version(server.engine.n_threads)})
     stop.wait()
+    last_resort = threading.Timer(config.drain_delay_s + config.grace_s + LAST_RESORT_S, os._exit, (0,))
+    last_resort.daemon = True
+    last_resort.start()
     server.shutdown()
     logging.shutdown()
     sys.stdout.flush()

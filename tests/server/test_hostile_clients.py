@@ -46,7 +46,7 @@ def serves(server: ServerProcess) -> bool:
     with flight.connect(server.location) as client:
         try:
             return exchange(client, COMMAND, [LAYER]).end["rows"] == 1
-        except flight.FlightUnavailableError:
+        except (flight.FlightUnavailableError, pa.ArrowInvalid):  # "Writer not initialized": refused as it began
             return False
 
 

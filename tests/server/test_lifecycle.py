@@ -226,6 +226,28 @@ def metric(server: ServerProcess, name: str, labels: str = "") -> float:
     return float(value)
 
 
+HANGS = """
+import time
+from flightquant.server import app
+app.Server.shutdown = lambda self: time.sleep(600)
+app.LAST_RESORT_S = 0.2
+app.run(app.ServerConfig(location="grpc://127.0.0.1:0", metrics_port=0, health_port=0, grace_s=0.3))
+"""
+
+
+def test_a_shutdown_that_hangs_ends_all_the_same() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HANGS], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as server:
+        try:
+            assert server.stdout is not None
+            assert json.loads(server.stdout.readline())["event"] == "ready"
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(60) == 0
+        finally:
+            server.kill()
+
+
 @pytest.mark.parametrize("option", ["--location", "--metrics-port", "--health-port"])
 def test_a_port_that_is_taken_is_said_in_one_line(option: str) -> None:
     with socket.socket() as taken:

@@ -1,4 +1,4 @@
-"""How soon the kernels stop when a client leaves: ``python scripts/cancellation.py [SCHEME ...]``.
+"""How soon the kernels stop when a client leaves: ``python tests/fq_cancellation.py [SCHEME ...]``.
 
 For each scheme a server is sent one layer of 1 GiB; when its kernels have been at work for a tenth of a second the
 client cancels the call. Prints the milliseconds from there until the server's threads rested: used no more than a tenth
@@ -17,11 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import flight
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
 from fq_process import ServerProcess, server_process
+from pyarrow import flight
 
 ROWS, COLUMNS = 65_536, 4096
 QUIET_S, QUIET_SHARE, POLL_S, WORKING_S = 0.3, 0.1, 0.002, 0.1
@@ -39,7 +36,7 @@ def cpu_ns(pid: int) -> int:
 
 def computing(server: ServerProcess) -> bool:
     """Whether a batch is in the engine."""
-    with urllib.request.urlopen(server.ready["metrics"], timeout=30) as page:  # noqa: S310 -- our own server's page
+    with urllib.request.urlopen(server.ready["metrics"], timeout=30) as page:
         return b"\nflightquant_engine_batches 1.0" in page.read()
 
 
