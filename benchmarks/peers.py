@@ -24,7 +24,7 @@ from flightquant.schemes import SCHEMES
 F32 = npt.NDArray[np.float32]
 Work = Callable[[], Any]
 
-LIBRARIES = ("torch", "compressed-tensors", "bitsandbytes", "gguf", "llama-cpp-python", "onnxruntime")
+LIBRARIES = ("torch", "compressed-tensors", "bitsandbytes", "gguf", "llama-cpp-python", "onnxruntime", "hqq")
 _GGML_TYPES = {
     "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8,
     "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14, "iq4_nl": 20, "mxfp4": 39,
@@ -204,6 +204,16 @@ def _onnxruntime_peers(matrix: F32) -> Iterator[tuple[str, str, Callable[[], Wor
         yield f"int{bits} onnx", "onnxruntime", lambda bits=bits: blocks(bits)  # type: ignore[misc]
 
 
+def _hqq_peers(matrix: F32) -> Iterator[tuple[str, str, Callable[[], Work]]]:
+    import torch
+    from hqq.core.quantize import Quantizer
+
+    tensor = torch.from_numpy(matrix)
+    how = {"group_size": 64, "axis": 1, "optimize": False, "device": "cpu"}
+    for bits in (8, 4, 3, 2):
+        yield f"hqq{bits}", "hqq", lambda bits=bits: lambda: Quantizer.quantize(tensor, nbits=bits, **how)  # type: ignore[misc]
+
+
 def _peers(matrix: F32, n_threads: int) -> Iterator[tuple[str, str, Callable[[], Work]]]:
     if _installed("torch"):
         yield from _torch_peers(matrix)
@@ -211,6 +221,8 @@ def _peers(matrix: F32, n_threads: int) -> Iterator[tuple[str, str, Callable[[],
             yield from _compressed_tensors_peers(matrix)
         if _installed("bitsandbytes"):
             yield from _bitsandbytes_peers(matrix)
+        if _installed("hqq"):
+            yield from _hqq_peers(matrix)
     if _installed("llama_cpp"):
         yield from _ggml_peers(matrix, n_threads)
     if _installed("onnxruntime"):

@@ -114,8 +114,8 @@ def cut(shape: tuple[int, ...], itemsize: int, spec: LayerSpec) -> list[tuple[in
 
 
 def _can_cut(shape: tuple[int, ...], spec: LayerSpec) -> bool:
-    if spec.scheme.nested or (spec.scheme.rule == "onnx" and len(shape) == 1):
-        # The scales' mean is that of the whole; two zero points of a row share a byte.
+    if spec.scheme.nested or spec.scheme.fold > 1 or (spec.scheme.rule == "onnx" and len(shape) == 1):
+        # The scales' mean is that of the whole; its groups share bytes; two zero points of a row share a byte.
         return False
     if spec.granularity == "tensor":
         # One scale for all: the parts can be told the magnitude of the whole, but not its smallest and largest value.

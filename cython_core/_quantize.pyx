@@ -25,6 +25,7 @@ cdef extern from "fq.h" nogil:
         FQ_AWQ
         FQ_NESTED
         FQ_ZEROS_BEHIND
+        FQ_FOLDED
     enum fq_dtype:
         FQ_F32
         FQ_F16
@@ -56,6 +57,7 @@ cdef extern from "fq.h" nogil:
         FQ_ONNX
         FQ_FBGEMM
         FQ_MXFP4_GGML
+        FQ_HQQ
     ctypedef struct fq_job:
         const void *weights
         uint8_t *data
@@ -125,9 +127,13 @@ FAMILIES = {  # by Scheme.family
     "mxfp4": FQ_MXFP4, "mxfp8": FQ_MXFP8, "nvfp4": FQ_NVFP4,
     "arrowquant": FQ_ARROWQUANT, "mlx": FQ_MLX, "onnx": FQ_ONNX,
     "fbgemm": FQ_FBGEMM, "mxfp4-ggml": FQ_MXFP4_GGML,
+    **{f"hqq{bits}": FQ_HQQ for bits in (8, 4, 3, 2)},
 }
 
-PACKINGS = {"gptq": FQ_GPTQ, "gptq-v2": FQ_GPTQ_V2, "awq": FQ_AWQ, "bnb-nested": FQ_NESTED, "onnx": FQ_ZEROS_BEHIND}
+PACKINGS = {
+    "gptq": FQ_GPTQ, "gptq-v2": FQ_GPTQ_V2, "awq": FQ_AWQ, "bnb-nested": FQ_NESTED, "onnx": FQ_ZEROS_BEHIND,
+    "hqq": FQ_FOLDED,
+}
 """Layouts that are made of packed integers, or of scales, at the end; all others are packed as they are made."""
 
 cdef enum:
@@ -144,6 +150,12 @@ cdef enum:  # columns of a job matrix
     SHARED_SCALE, IN_BLOCKS, DATA_BYTES, SCALE_COUNT, PACKING, SCRATCH, IMPORTANCE, SHRINKS, JOB_COLUMNS
 
 JOB_WIDTH = JOB_COLUMNS
+
+
+cdef int64_t folded(int64_t n, int64_t unit, int64_t bits) noexcept:
+    """Packed bytes of n codes in groups of ``unit``, several in each; of 3 bits, words."""
+    cdef int64_t fold = 2 if bits == 4 else 4 if bits == 2 else 10
+    return (n // unit + fold - 1) // fold * unit
 
 
 def lay_out(
@@ -230,6 +242,9 @@ def lay_out(
                 scales = (scales + NESTED_BLOCK - 1) // NESTED_BLOCK + 1
             elif job[PACKING] == FQ_ZEROS_BEHIND and zeros:
                 data += matrix[i, 0] * ((matrix[i, 1] // job[UNIT] * job[BITS] + 7) // 8)
+            elif job[PACKING] == FQ_FOLDED:
+                scratch += data
+                data = folded(lengths[i], job[UNIT], job[BITS]) * (4 if job[BITS] == 3 else 1)
             elif job[PACKING] not in (FQ_AS_PACKED, FQ_ZEROS_BEHIND):
                 scratch += data
                 data += scales * job[BITS] // 8
@@ -490,17 +505,19 @@ cdef class Plan:
         return count
 
     cdef int64_t _cut_rows(self, int64_t i, Tile *to, int64_t at) noexcept:
-        """The same of a job that is packed a second time, in rows."""
+        """The same of a job that is packed a second time, in rows, or packed values where they are folded."""
         cdef const fq_job *job = &self._jobs[i]
-        cdef int64_t begin = 0, count = 0, rows = job.n // job.cols
+        cdef int64_t begin = 0, count = 0, rows = job.n // job.cols, step = FQ_REPACK_ROWS
         if job.packing in (FQ_AS_PACKED, FQ_NESTED) or (job.packing == FQ_ZEROS_BEHIND and job.zeros == NULL):
             return 0
+        if job.packing == FQ_FOLDED:
+            rows, step = folded(job.n, job.unit, job.bits), FQ_TILE
         while begin < rows:
             if to != NULL:
                 to[at + count].job, to[at + count].begin = i, begin
-                to[at + count].end = min(begin + FQ_REPACK_ROWS, rows)
+                to[at + count].end = min(begin + step, rows)
             count += 1
-            begin += FQ_REPACK_ROWS
+            begin += step
         return count
 
     def __dealloc__(self):
@@ -781,7 +798,7 @@ cdef class Plan:
         """What a refused layer leaves must hold nothing of it, nor of the memory's last user."""
         cdef int64_t count = self._matrix[j, SCALE_COUNT]
         cdef fq_job *job = &self._jobs[j]
-        cdef bint twice = job.packing in (FQ_GPTQ, FQ_GPTQ_V2, FQ_AWQ)
+        cdef bint twice = job.packing in (FQ_GPTQ, FQ_GPTQ_V2, FQ_AWQ, FQ_FOLDED)
         cdef uint8_t *data = job.packed if twice else job.data
         cdef float *scales = job.outer if job.outer != NULL else job.scales
         memset(data, 0, self._matrix[j, DATA_BYTES])

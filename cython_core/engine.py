@@ -37,6 +37,7 @@ from flightquant.cython_core.validate import (
 )
 from flightquant.errors import DeadlineError, InvalidRequestError, LayerError, TooLargeError, clip_text
 from flightquant.layers import Layer, weights_field
+from flightquant.reference import fits_transpose, whole_words
 from flightquant.schemes import WEIGHT_DTYPES, LayerSpec
 from flightquant.spec import Command
 from flightquant.wire import EndMessage, answer_schema
@@ -410,15 +411,19 @@ class _Work:
             self.checked.failures.setdefault(int(i), ("unsupported", text))
 
     def _refuse_part_words(self) -> None:
-        """Words over several rows need multiples of 32 in both axes."""
-        if not any(spec.scheme.transposed for spec in self.specs):
+        """Words over several rows need multiples of 32 in both axes, folded bytes as many groups in each part."""
+        joining = [spec.scheme.transposed or spec.scheme.fold > 1 for spec in self.specs]
+        if not any(joining):
             return
-        transposed = np.array([spec.scheme.transposed for spec in self.specs])[self.spec_of_row]
-        for i in np.flatnonzero(transposed & (self.checked.matrix % 32 != 0).any(axis=1)):
-            rows, cols = self.checked.matrix[i]
-            packing = self.specs[self.spec_of_row[i]].scheme.packing
-            text = f"a matrix of {rows} x {cols} does not fill whole words of {packing}; expected multiples of 32"
-            self.checked.failures.setdefault(int(i), ("unsupported", text))
+        for i in np.flatnonzero(np.array(joining)[self.spec_of_row]):
+            rows, cols = map(int, self.checked.matrix[i])
+            spec = self.specs[self.spec_of_row[i]]
+            if not fits_transpose(spec, rows, cols):
+                text = (
+                    f"a matrix of {rows} x {cols} does not fill whole words of {spec.scheme.packing}; expected "
+                    f"{whole_words(spec)}"
+                )
+                self.checked.failures.setdefault(int(i), ("unsupported", text))
 
     def note_failures(self) -> None:
         """Turn rows in which the kernels met NaN or infinity, or a zero point without a place, into failures."""
@@ -471,7 +476,7 @@ def spec_table(specs: tuple[LayerSpec, ...], dtype: str) -> npt.NDArray[np.int64
                 spec.scheme.flat,
                 spec.granularity == "block",
                 spec.scheme.stored_bits or spec.scheme.bits,
-                PACKINGS.get(spec.scheme.packing, 0),
+                0 if spec.scheme.stored_bits == spec.scheme.bits else PACKINGS.get(spec.scheme.packing, 0),
                 spec.scheme.row_tail,
                 spec.calibration == "mse",
             )

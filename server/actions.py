@@ -13,7 +13,7 @@ import pyarrow as pa
 from flightquant import __version__
 from flightquant.cython_core import active_isa, available_isas
 from flightquant.errors import InvalidRequestError, TooLargeError
-from flightquant.reference import fits_groups, fits_transpose, matrix_shape, packed_bytes, scale_count
+from flightquant.reference import fits_groups, fits_transpose, matrix_shape, packed_bytes, scale_count, whole_words
 from flightquant.schemes import SCHEMES, WEIGHT_DTYPES, LayerSpec, Scheme
 from flightquant.spec import Command
 from flightquant.wire import CONTRACT_VERSION
@@ -147,10 +147,10 @@ def _bytes_out(name: str, shape: Any, spec: LayerSpec) -> int:
         )
     if not fits_transpose(spec, rows, cols):
         raise InvalidRequestError(
-            f'"{name[:80]}" is a matrix of {rows} x {cols}; {spec.scheme.packing} expects multiples of 32',
+            f'"{name[:80]}" is a matrix of {rows} x {cols}; {spec.scheme.packing} expects {whole_words(spec)}',
             field="shapes",
             got=[rows, cols],
-            expected="multiples of 32",
+            expected=whole_words(spec),
         )
     packed = packed_bytes(spec, rows, cols)
     if spec.scheme.scales_inside:

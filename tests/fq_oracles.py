@@ -255,6 +255,29 @@ def mlx_quantize(storage: npt.NDArray[Any], dtype: str, *, bit_width: int, group
     return np.array(words).view(np.uint8).reshape(-1), *floats
 
 
+def hqq_quantize(storage: npt.NDArray[Any], dtype: str, *, bits: int, group_size: int = 64) -> Quantized:
+    """``Quantizer.quantize`` along the rows, without the steps after the first codes.
+
+    Of a group whose range is beyond float32, for which hqq's scale is infinite, the range is the largest float32.
+    """
+    quantizer = module_of("hqq.core.quantize").Quantizer
+    weights = as_torch(storage, dtype)
+    how = {"nbits": bits, "group_size": group_size, "axis": 1, "optimize": False, "device": "cpu"}
+    packed, told = quantizer.quantize(weights, **how)
+    scales, zeros = told["scale"], told["zero"]
+    wide = scales.isinf()
+    if wide.any():
+        groups = weights.float().reshape(-1, group_size)
+        levels = (1 << bits) - 1
+        factors = torch.where(wide, levels / torch.tensor(torch.finfo(torch.float32).max), 1.0 / scales)
+        zeros = torch.where(wide, -groups.min(dim=1, keepdim=True)[0] * factors, zeros)
+        codes, _ = quantizer.quantize(weights, **how, bitpack=False)
+        own = (groups * factors + zeros).round().clamp(0, levels)
+        packed = quantizer.pack[told["packing"]](torch.where(wide, own, codes.reshape(groups.shape).float()))
+        scales = torch.where(wide, 1.0 / factors, scales)
+    return packed.contiguous().numpy().reshape(-1).view(np.uint8), scales.numpy().reshape(-1), zeros.numpy().reshape(-1)
+
+
 def onnx_quantize(
     storage: npt.NDArray[Any],
     dtype: str,
@@ -372,6 +395,8 @@ def library_quantize(storage: npt.NDArray[Any], dtype: str, options: dict[str, A
         return float8_quantize(storage, dtype, kind, **chosen)
     if scheme == "mlx":
         return mlx_quantize(storage, dtype, **chosen)
+    if scheme.startswith("hqq"):
+        return hqq_quantize(storage, dtype, bits=int(scheme.removeprefix("hqq")), **chosen)
     if chosen.get("packing") == "gguf":
         return gguf_quantize(storage, dtype, scheme)
     if scheme in ("mxfp4", "mxfp8", "nvfp4"):

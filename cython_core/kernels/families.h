@@ -17,6 +17,8 @@ void FQ_NAME(onnx_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_re
 void FQ_NAME(fbgemm_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 void FQ_NAME(mxfp4_ggml_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 void FQ_NAME(onnx_points)(const fq_job *job, int64_t row, int64_t end);
+void FQ_NAME(hqq_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
+void FQ_NAME(hqq_fold)(const fq_job *job, int64_t begin, int64_t end);
 void FQ_NAME(mlx_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 void FQ_NAME(shrink_errors)(const fq_job *job, const fq_range *range, int64_t begin, int64_t end, double *errors);
 void FQ_NAME(shrink_range)(const double *errors, fq_range *range);

@@ -43,12 +43,13 @@ enum fq_family {
   FQ_BNB8,
   FQ_ONNX,
   FQ_FBGEMM,
-  FQ_MXFP4_GGML
+  FQ_MXFP4_GGML,
+  FQ_HQQ
 };
 
 /* Layouts into which packed integers are turned after all tiles (repack.c); with FQ_NESTED, scales are (nest),
- * with FQ_ZEROS_BEHIND only zero points are packed then. */
-enum fq_packing { FQ_AS_PACKED, FQ_GPTQ, FQ_GPTQ_V2, FQ_AWQ, FQ_NESTED, FQ_ZEROS_BEHIND };
+ * with FQ_ZEROS_BEHIND only zero points are packed then, with FQ_FOLDED bytes of one code each (hqq.c). */
+enum fq_packing { FQ_AS_PACKED, FQ_GPTQ, FQ_GPTQ_V2, FQ_AWQ, FQ_NESTED, FQ_ZEROS_BEHIND, FQ_FOLDED };
 
 typedef struct fq_job {
   const void *weights; /* n weights of dtype, at any address */
@@ -107,7 +108,8 @@ typedef struct fq_kernels {
   void (*shrink_range)(const double *errors, fq_range *range);
   /* Quantize the weights from begin up to end: whole units, or a piece of one if given_scales. */
   void (*quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
-  /* Write the rows from one up to another, FQ_REPACK_ROWS of them or the last ones, in the job's packing. */
+  /* Write the rows from one up to another, FQ_REPACK_ROWS of them or the last ones, in the job's packing; of
+   * FQ_FOLDED, packed bytes or words. */
   void (*repack)(const fq_job *job, int64_t row, int64_t end);
   /* Quantize all scales: codes to packed, what they stand for to scales again. */
   void (*nest)(const fq_job *job);

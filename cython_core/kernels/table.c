@@ -52,6 +52,9 @@ static void quantize(const fq_job *job, int64_t begin, int64_t end, fq_result *r
   case FQ_IQ4_NL:
     FQ_NAME(iq4_nl_quantize)(job, begin, end, result);
     break;
+  case FQ_HQQ:
+    FQ_NAME(hqq_quantize)(job, begin, end, result);
+    break;
   case FQ_MLX:
     FQ_NAME(mlx_quantize)(job, begin, end, result);
     break;
@@ -71,6 +74,8 @@ static void quantize(const fq_job *job, int64_t begin, int64_t end, fq_result *r
 static void repack(const fq_job *job, int64_t row, int64_t end) {
   if (job->packing == FQ_ZEROS_BEHIND)
     FQ_NAME(onnx_points)(job, row, end);
+  else if (job->packing == FQ_FOLDED)
+    FQ_NAME(hqq_fold)(job, row, end);
   else
     FQ_NAME(repack)(job, row, end);
 }

@@ -113,6 +113,11 @@ class Scheme:
         return self.name.startswith("int")
 
     @property
+    def fold(self) -> int:
+        """Codes of as many groups, far apart, in each packed byte or word."""
+        return {4: 2, 3: 10, 2: 4}.get(self.bits, 1) if self.packing == "hqq" else 1
+
+    @property
     def whole_scale(self) -> bool:
         """Whether the groups' scales are followed by one of the whole tensor."""
         return self.fixed_scales == "e4m3"
@@ -329,6 +334,22 @@ def _mlx(bits: int, variants: tuple[Scheme, ...] = ()) -> Scheme:
     )
 
 
+def _hqq(bits: int) -> Scheme:
+    return Scheme(
+        name=f"hqq{bits}",
+        bits=bits,
+        packing="hqq",
+        granularities=("group",),
+        group_sizes=(64, 32, 128),
+        asymmetric=True,
+        scale_dtypes=("float32",),
+        exact_with="hqq 0.2.8 with axis=1 and optimize=False on a CPU",
+        summary=f"HQQ's {bits}-bit codes with a float scale and zero point for each group, for hqq and transformers",
+        always_zero_points=True,
+        stored_bits=8,
+    )
+
+
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
@@ -356,6 +377,7 @@ SCHEMES: dict[str, Scheme] = {
         _micro("mxfp8", 8, "mx-fp8", 32, "e8m0", "vLLM"),
         _micro("nvfp4", 4, "nvfp4-lo-first", 16, "e4m3", "vLLM on NVIDIA's Blackwell"),
         _mlx(4, variants=tuple(_mlx(bits) for bits in (2, 3, 5, 6, 8))),
+        *(_hqq(bits) for bits in (8, 4, 3, 2)),
         _arrowquant(4, variants=(_arrowquant(2), _arrowquant(8))),
     )
 }

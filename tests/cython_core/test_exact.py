@@ -82,6 +82,10 @@ OPTIONS: list[dict[str, Any]] = [
         for bits, size in ((2, 64), (3, 32), (4, 32), (4, 64), (4, 128), (5, 64), (6, 128), (8, 64))
     ),
     *(
+        {"scheme": f"hqq{bits}", "group_size": size}
+        for bits, size in ((8, 64), (4, 32), (4, 64), (4, 128), (3, 32), (3, 64), (2, 64), (2, 128))
+    ),
+    *(
         {"scheme": "arrowquant", "bit_width": bits, **unit}
         for bits, unit in itertools.product(
             (2, 4, 8), ({"granularity": "tensor"}, {"granularity": "channel"}, {"group_size": 32}, {"group_size": 128})
@@ -116,6 +120,9 @@ def shapes(command: Command) -> list[tuple[int, ...]]:
         small = [(), (0,), (2, 0), (1,), (3, 5), (129, 1), (127, 129), (128, 128), (130, 255), (2, 65, 200), (257, 64)]
         return [*small, (3, 511), (1, 512), (2, 513), (129, 1100), (1, 3 * SPAN + 1), (300, 300)]
     unit = spec.group_size
+    if spec.scheme.fold > 1 and spec.scheme.bits != 3:
+        narrow = [(4, unit), (4, 3 * unit), (0, unit), (2, 2, 3 * unit), (3, 3 * unit), (8 * unit,), (1, 2 * SPAN)]
+        return [*narrow, (4, SPAN + unit), (1, TILE), (8, TILE // 2 + unit), (TILE // unit + 4, unit), (20, 11 * unit)]
     if spec.scheme.flat:
         short = [(), (1,), (2,), (3, 7), (5, 31), (0, 4), (unit - 1,), (unit,), (unit + 1,), (3, unit), (7, 99)]
         spans = [(1, SPAN + more) for more in (-33, -32, -1, 0, 1, 32, SPAN + unit // 2)]
@@ -204,6 +211,17 @@ def test_the_engine_is_the_libraries_bit_for_bit(all_engines: list[Engine]) -> N
                     assert cell.is_valid == (wanted is not None), f"{what} {name}"
                     if wanted is not None:
                         same_bits(cell.values.to_numpy(), wanted, f"{what} {name}")
+
+
+@pytest.mark.parametrize(("scheme", "fold"), [("hqq4", 2), ("hqq2", 4)])
+def test_groups_that_do_not_fold_are_refused(scheme: str, fold: int, any_engine: Engine) -> None:
+    layers = {f"{rows} rows": np.ones((rows, 64), np.float32) for rows in range(1, 9)}
+    batch = request(layers)
+    answer = any_engine.session(batch.schema, Command.build(scheme=scheme)).quantize(batch).batch
+    for i, rows in enumerate(range(1, 9)):
+        assert answer.column("status")[i].as_py() == ("unsupported" if rows % fold else "ok")
+        if rows % fold:
+            assert f"a multiple of {fold} groups of 64 weights" in answer.column("error")[i].as_py()
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=label)

@@ -56,6 +56,8 @@ COMMANDS = [
         {"scheme": "int4", "packing": "onnx", "group_size": 32, "symmetric": False},
         {"scheme": "arrowquant", "bit_width": 8},
         {"scheme": "mlx"},
+        {"scheme": "hqq4"},
+        {"scheme": "hqq3", "group_size": 32},
         {"scheme": "arrowquant", "group_size": 32},
     )
 ]

@@ -89,6 +89,7 @@ LIBRARIES = {
     "fbgemm": ("torch", "numpy"),
     "kquants": ("llama-cpp-python", "numpy"),
     "onnx": ("onnxruntime", "numpy"),
+    "hqq": ("hqq", "torch", "numpy"),
     "codebook": ("bitsandbytes", "torch", "numpy"),
 }
 
@@ -167,6 +168,14 @@ def mlx(_: str) -> Iterator[Case]:
     """MLX's affine codes of every width and group size."""
     for width, group_size in itertools.product((2, 3, 4, 5, 6, 8), (32, 64, 128)):
         yield (0, 18, COLS), {"scheme": "mlx", "bit_width": width, "group_size": group_size}
+
+
+def hqq(_: str) -> Iterator[Case]:
+    """HQQ's codes of every width and group size; of 3 bits, whole words of ten and not."""
+    for width, group_size in itertools.product((8, 4, 3, 2), (32, 64, 128)):
+        last = 20 if width == 3 else 18
+        yield (0, last, COLS), {"scheme": f"hqq{width}", "group_size": group_size}
+    yield (10, 13, 128), {"scheme": "hqq3"}
 
 
 def micro(_: str) -> Iterator[Case]:
@@ -248,6 +257,7 @@ FAMILIES: dict[str, Callable[[str], Iterator[Case]]] = {
     "fbgemm": fbgemm,
     "mlx": mlx,
     "arrowquant": arrowquant,
+    "hqq": hqq,
 }
 """The cases of each family for weights of a dtype; the name is the file's."""
 

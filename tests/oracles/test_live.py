@@ -145,6 +145,38 @@ def test_mlx_makes_the_same_and_reads_it(dtype: str, width: int, group_size: int
             np.testing.assert_allclose(again[name], theirs, rtol=1e-5, atol=1e-6 * float(np.abs(weights).max() or 1))
 
 
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("width", [8, 4, 3, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hqq_makes_the_same_and_reads_it(dtype: str, width: int, group_size: int) -> None:
+    try:
+        quantizer = module_of("hqq.core.quantize").Quantizer
+    except ModuleNotFoundError as missing:
+        pytest.skip(str(missing))
+    options = {"scheme": f"hqq{width}", "group_size": group_size}
+    layers = {name: np.resize(weights, (20, 384)) for name, weights in matrices(dtype, seed=29).items()}
+    if dtype == "float32":  # ranges next to those that are not scaled, or no more steeply
+        edges = np.zeros((20, 384), np.float32)
+        ends = np.float32(1e-4) * (1 + np.arange(-10, 10, dtype=np.float32) * np.float32(2.0**-22))
+        edges[:, ::32] = ends[:, None]
+        steep = np.zeros((20, 384), np.float32)
+        steep[:, ::32] = ((2**width - 1) * ends * np.float32(0.5))[:, None]
+        layers |= {"narrow": edges, "steep": steep}
+    table = flightquant.quantize(request(layers, dtype), **options)
+    again = flightquant.dequantize(table)
+    for i, (name, weights) in enumerate(layers.items()):
+        data, scales, zeros = library_quantize(weights, dtype, options)
+        same_bits(np.frombuffer(table.column("quantized_data")[i].as_buffer(), np.uint8), data, f"{name} data")
+        same_bits(table.column("scales")[i].values.to_numpy(), scales, f"{name} scales")
+        same_bits(table.column("zero_points")[i].values.to_numpy(), zeros, f"{name} zero points")
+        assert zeros is not None
+        told = {"nbits": width, "group_size": group_size, "axis": 1, "shape": weights.shape, "view_as_float": False}
+        told |= {"packing": quantizer.bit_to_packing[width], "compute_dtype": torch.float32}
+        told |= {"scale": torch.tensor(scales)[:, None], "zero": torch.tensor(zeros)[:, None]}
+        packed = torch.tensor(data.view(np.int32) if width == 3 else data).reshape(-1, group_size)
+        same_bits(again[name], quantizer.dequantize(packed, told).numpy(), f"{name} dequantized")
+
+
 @pytest.mark.parametrize("options", LAYOUTS, ids=lambda options: "-".join(map(str, given(options).values())))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_other_layouts_are_packed_by_their_libraries(dtype: str, options: dict[str, Any]) -> None:

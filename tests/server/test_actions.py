@@ -100,6 +100,8 @@ def test_version(server: Server, client: flight.FlightClient) -> None:
         {"scheme": "nf4", "group_size": 512},
         {"scheme": "arrowquant", "bit_width": 2, "group_size": 32},
         {"scheme": "mlx", "bit_width": 6},
+        {"scheme": "hqq4"},
+        {"scheme": "hqq3", "group_size": 32},
         {"scheme": "int4", "packing": "awq", "group_size": 64},
         {"scheme": "int3", "packing": "gptq", "granularity": "channel"},
     ],
@@ -119,6 +121,7 @@ def test_an_estimate_is_what_the_work_gives(client: flight.FlightClient, command
 
 BAD_BODIES: list[tuple[bytes, str]] = [
     (b'{"scheme": "int4", "packing": "awq", "shapes": {"w": [31, 128]}}', "shapes"),
+    (b'{"scheme": "hqq2", "shapes": {"w": [3, 128]}}', "shapes"),
     (b"", "shapes"),
     (b"nonsense", "shapes"),
     (b"[" * 100_000, "shapes"),

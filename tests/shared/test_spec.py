@@ -34,6 +34,7 @@ MICRO = ("mxfp4", "mxfp8", "nvfp4")
 GGUF = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl")
 WIDE_BLOCKS = ("q6_k", "q5_k", "q4_k", "q3_k", "q2_k")
 BYTES = ("arrowquant",)
+HQQ = ("hqq8", "hqq4", "hqq3", "hqq2")
 
 
 def refusal(raw: Any) -> InvalidRequestError:
@@ -122,6 +123,11 @@ def expected_spec(
     scheme: str, granularity: str | None, group_size: int | None, symmetric: bool | None, scale_dtype: str | None
 ) -> tuple[Any, ...] | None:
     """The contract's table, written down a second time: the filled-in options, or None where it has no such thing."""
+    if scheme in HQQ:
+        chosen = granularity or "group"
+        if chosen != "group" or group_size not in (None, 32, 64, 128) or scale_dtype not in (None, "float32"):
+            return None
+        return (scheme, chosen, group_size or 64, False, scale_dtype)
     if scheme == "mlx":
         chosen = granularity or "group"
         if chosen != "group" or group_size not in (None, 32, 64, 128) or scale_dtype in ("float64", ""):
@@ -150,7 +156,7 @@ def expected_spec(
     return (scheme, chosen, size, symmetric is not False and scheme not in BYTES, scale_dtype)
 
 
-@pytest.mark.parametrize("scheme", [*INTEGERS, *FLOATS, *GGUF, *CODEBOOKS, *BYTES, *MICRO, "mlx"])
+@pytest.mark.parametrize("scheme", [*INTEGERS, *FLOATS, *GGUF, *CODEBOOKS, *BYTES, *MICRO, *HQQ, "mlx"])
 def test_every_combination_of_options(scheme: str) -> None:
     tried = allowed = 0
     for granularity, size, symmetric, scale_dtype in itertools.product(
@@ -190,6 +196,7 @@ def test_every_combination_of_options(scheme: str) -> None:
         BYTES: 72,
         ("nvfp4",): 4,
         ("mlx",): 96,
+        HQQ: 48,
         (*GGUF, *MICRO): 8,
     }
     wanted = next(count for names, count in combinations.items() if scheme in names)

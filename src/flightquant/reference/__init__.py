@@ -23,6 +23,7 @@ from flightquant.reference import (
     fbgemm,
     float8,
     gguf,
+    hqq,
     integer,
     kquants,
     micro,
@@ -67,6 +68,9 @@ def packed_bytes(spec: LayerSpec, rows: Size, cols: Size) -> Size:
         return packed - (-rows * cols // spec.group_size) if spec.scheme.nested else packed
     if spec.scheme.block_bytes:
         return rows * (cols // spec.group_size) * spec.scheme.block_bytes
+    if spec.scheme.fold > 1:
+        lines = -(-(rows * cols // spec.group_size) // spec.scheme.fold)
+        return lines * spec.group_size * (4 if spec.scheme.bits == 3 else 1)
     packed = rows * spec.scheme.row_bytes(cols)
     if spec.scheme.transposed:
         packed = packed + rows * (cols // (spec.group_size or cols)) * spec.scheme.bits // 8
@@ -83,8 +87,17 @@ def fits_groups(spec: LayerSpec, cols: int) -> bool:
 
 
 def fits_transpose(spec: LayerSpec, rows: int, cols: int) -> bool:
-    """Whether both axes fill whole words, where the packing is one of the transpose."""
+    """Whether both axes fill whole words, where the packing is one of the transpose, or groups fold evenly."""
+    if spec.scheme.fold > 1 and spec.scheme.bits != 3:
+        return rows * cols // spec.group_size % spec.scheme.fold == 0
     return not spec.scheme.transposed or (rows % 32 == 0 and cols % 32 == 0)
+
+
+def whole_words(spec: LayerSpec) -> str:
+    """What ``fits_transpose`` asks for, in words."""
+    if spec.scheme.fold > 1:
+        return f"a multiple of {spec.scheme.fold} groups of {spec.group_size} weights"
+    return "multiples of 32"
 
 
 def scale_count(spec: LayerSpec, rows: int, cols: int) -> int:
@@ -131,7 +144,9 @@ def quantize(
     if not fits_groups(spec, cols):
         raise LayerError("unsupported", f"group size {spec.group_size} does not divide the row of {cols}")
     if not fits_transpose(spec, rows, cols):
-        raise LayerError("unsupported", f"a matrix of {rows} x {cols} is none of whole blocks of 32 x 32")
+        raise LayerError(
+            "unsupported", f"a matrix of {rows} x {cols} does not fill whole words; expected {whole_words(spec)}"
+        )
     scales: F32 | None = None
     zeros: F32 | None = None
     if spec.scheme.name in kquants.SCHEMES:
@@ -155,6 +170,8 @@ def quantize(
         data, scales = float8.quantize(weights, spec, dtype, global_amax)
     elif spec.scheme.name == "mlx":
         data, scales, zeros = mlx.quantize(weights, spec, dtype)
+    elif spec.scheme.packing == "hqq":
+        data, scales, zeros = hqq.quantize(weights, spec, dtype)
     elif spec.scheme.name == "arrowquant":
         data, scales, zeros = arrowquant.quantize(weights, spec, dtype)
     elif spec.scheme.rule == "onnx":
@@ -210,6 +227,8 @@ def dequantize_matrix(
         assert zeros is not None  # noqa: S101 - it always has them
         if spec.scheme.name == "mlx":
             return mlx.dequantize(data, scales, zeros, spec, rows, cols)
+        if spec.scheme.packing == "hqq":
+            return hqq.dequantize(data, scales, zeros, spec, rows, cols)
         return arrowquant.dequantize(data, scales, zeros, spec, rows, cols)
     if spec.scheme.transposed:
         signed = packings.unpack(data, spec, rows, cols)
