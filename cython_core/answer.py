@@ -17,6 +17,8 @@ from flightquant.wire import ANSWER_FIELDS
 
 _FLOAT = pa.float32()
 _FLOATS = pa.list_(_FLOAT)
+NO_SCHEME = "none"
+"""The scheme, in costs, of rows without one."""
 _QUALITY = ("sqnr_db", "cosine", "max_abs_error")
 
 if TYPE_CHECKING:
@@ -30,15 +32,21 @@ def with_nulls(valid: npt.NDArray[np.bool_]) -> tuple[pa.Buffer | None, int]:
     return (pa.py_buffer(np.packbits(valid, bitorder="little")) if nulls else None), nulls
 
 
+def good_rows(checked: CheckedBatch | CheckedRows, count: int) -> npt.NDArray[np.bool_] | None:
+    """Which rows have not failed, of shape (rows,); None where none has."""
+    if not checked.failures:
+        return None
+    good = np.ones(count, bool)
+    good[list(checked.failures)] = False
+    return good
+
+
 def build_answer(
     batch: pa.RecordBatch, checked: CheckedBatch, work: _Work, command: Command, schema: pa.Schema
 ) -> pa.RecordBatch:
     """Answer rows for a request batch whose jobs are done."""
     count = batch.num_rows
-    ok = None
-    if checked.failures:
-        ok = np.ones(count, bool)
-        ok[list(checked.failures)] = False
+    ok = good_rows(checked, count)
     columns: dict[str, pa.Array] = {"layer_name": checked.names, "shape": checked.shapes, **_usual_columns(count)}
     if "row_offset" in work.request.columns:
         columns["row_offset"] = batch.column("row_offset")
@@ -46,7 +54,8 @@ def build_answer(
         columns |= status_columns(checked, count)
     columns |= _options(work)
     columns |= _outputs(work, ok)
-    columns |= _quality(work, ok, command.metrics)
+    if command.metrics:
+        columns |= quality(work.row_sums, ok)
     columns |= _cost(checked, work)
     for name in schema.names[len(ANSWER_FIELDS) :]:
         columns[name] = batch.column(name)
@@ -142,11 +151,10 @@ def _outputs(work: _Work, ok: npt.NDArray[np.bool_] | None) -> dict[str, pa.Arra
     return columns
 
 
-def _quality(work: _Work, ok: npt.NDArray[np.bool_] | None, metrics: bool) -> dict[str, pa.Array]:
-    if not metrics:
-        return {}
-    values = np.empty((len(_QUALITY), len(work.spec_of_row)), np.float32)
-    quality_columns(work.row_sums, *values)
+def quality(sums: npt.NDArray[np.float64], ok: npt.NDArray[np.bool_] | None) -> dict[str, pa.Array]:
+    """The quality columns of rows of sums of shape (rows, 4); null where not ``ok``."""
+    values = np.empty((len(_QUALITY), len(sums)), np.float32)
+    quality_columns(sums, *values)
     if ok is None:
         return _columns_around(values, _FLOAT, _QUALITY)
     return {name: pa.array(column, _FLOAT, mask=~ok) for name, column in zip(_QUALITY, values, strict=True)}

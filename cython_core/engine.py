@@ -6,13 +6,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from flightquant.cython_core._memory import MIN_BYTES, OutputMemory
 from flightquant.cython_core._quantize import (
     DTYPES,
     FAMILIES,
@@ -23,8 +22,9 @@ from flightquant.cython_core._quantize import (
     available_isas,
     lay_out,
 )
-from flightquant.cython_core.answer import build_answer, with_nulls
+from flightquant.cython_core.answer import build_answer
 from flightquant.cython_core.budget import ThreadBudget, available_cpus
+from flightquant.cython_core.output import Buffer, output_memory
 from flightquant.cython_core.validate import (
     CheckedBatch,
     Limits,
@@ -42,6 +42,9 @@ from flightquant.schemes import WEIGHT_DTYPES, LayerSpec
 from flightquant.spec import Command
 from flightquant.wire import EndMessage, answer_schema
 
+if TYPE_CHECKING:
+    from flightquant.cython_core.validate_quantized import CheckedRows
+
 __all__ = ["Answer", "Engine", "Limits", "Session"]
 
 SLICE_TILES = 128
@@ -50,7 +53,6 @@ SHORT_SLICE_TILES = 40
 """The first slice, and each one of a format that is slow: more tiles than ever run on their caller's thread."""
 SLICE_S = 0.02
 """What a slice should take at most: formats that search need 10 to 50 times as long for a tile as others."""
-MAX_ANSWER_BYTES = 2**31 - 1
 Between = Callable[[float], None]
 """Told every few milliseconds how great a share of the work is done; what it raises ends the call."""
 
@@ -215,6 +217,15 @@ def _own_request(dtype: str) -> tuple[Request, pa.Schema]:
     return Request(schema), answer_schema(schema)
 
 
+def abort_on(checked: CheckedBatch | CheckedRows, command: Command, rows_before: int) -> None:
+    """Raise LayerError for the first bad row if the command says ``on_error: abort``; it is counted from the call's."""
+    if command.on_error == "abort" and checked.failures:
+        row = min(checked.failures)
+        status, text = checked.failures[row]
+        name = clip_text(checked.names[row].as_py(), 200)
+        raise LayerError(status, f'layer "{name}" (row {rows_before + row}): {status}: {text}', got=status)
+
+
 class Session:
     """One call: its command, its limits and what it has done so far.
 
@@ -290,11 +301,7 @@ class Session:
             )
 
     def _abort_on(self, checked: CheckedBatch) -> None:
-        if self._command.on_error == "abort" and checked.failures:
-            row = min(checked.failures)
-            status, text = checked.failures[row]
-            name = clip_text(checked.names[row].as_py(), 200)
-            raise LayerError(status, f'layer "{name}" (row {self.end.rows + row}): {status}: {text}', got=status)
+        abort_on(checked, self._command, self.end.rows)
 
     def _add_up(self, checked: CheckedBatch, bytes_out: int, kernel_ns: int) -> EndMessage:
         """The totals of a batch, which also join those of the call."""
@@ -350,13 +357,13 @@ class _Work:
         )
         self._jobs, self.rows = jobs[:made], rows[:made]
         self._given_amax = amax[self.rows]
-        self.data, self.scales, self.zeros = (_Buffer(offsets, k, width) for k, width in enumerate((1, 4, 4)))
+        self.data, self.scales, self.zeros = (Buffer(offsets, k, width) for k, width in enumerate((1, 4, 4)))
         self.sums = np.zeros((made, 4))
         self.first_bad = np.empty(made, np.int64)
         self.unheld = np.empty(made, np.int64)
         self.nanoseconds = np.empty(made, np.int64)
         self.kernel_ns = 0
-        self._scratch = _memory(scratch)
+        self._scratch = output_memory(scratch)
 
     def plan(self, isa: str, measure: bool) -> Plan:
         """The kernels' plan of all jobs."""
@@ -484,37 +491,3 @@ def spec_table(specs: tuple[LayerSpec, ...], dtype: str) -> npt.NDArray[np.int64
         ],
         np.int64,
     )
-
-
-def _memory(nbytes: int) -> pa.Buffer:
-    """Memory that nobody has written to yet."""
-    return pa.allocate_buffer(nbytes) if nbytes < MIN_BYTES else pa.py_buffer(OutputMemory(nbytes))
-
-
-class _Buffer:
-    """Memory for one output column: values of ``width`` bytes, row by row as ``lay_out`` says."""
-
-    def __init__(self, offsets: npt.NDArray[np.int64], column: int, width: int) -> None:
-        self._offsets = offsets[column]
-        self._length = int(offsets[column, -1])
-        nbytes = self._length * width
-        if nbytes > MAX_ANSWER_BYTES:
-            raise TooLargeError(
-                f"the answer to one batch would have {nbytes} bytes; expected at most {MAX_ANSWER_BYTES} "
-                "(send fewer layers at a time, or a layer in parts with row_offset)",
-                field="weights",
-                got=nbytes,
-                expected=MAX_ANSWER_BYTES,
-            )
-        self._buffer = _memory(nbytes)
-        self.address = self._buffer.address
-
-    def as_lists(self, kind: pa.DataType, values: pa.DataType | None, valid: npt.NDArray[np.bool_] | None) -> pa.Array:
-        """The memory as a column of ``kind``: binary, or a list of ``values``; null where not ``valid``."""
-        offsets = pa.py_buffer(self._offsets.astype(np.int32))
-        mask, nulls = (None, 0) if valid is None else with_nulls(valid)
-        count = len(self._offsets) - 1
-        if values is None:
-            return pa.Array.from_buffers(kind, count, [mask, offsets, self._buffer], nulls)
-        child = pa.Array.from_buffers(values, self._length, [None, self._buffer], 0)
-        return pa.Array.from_buffers(kind, count, [mask, offsets], nulls, children=[child])

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from flightquant.cython_core._quantize import JOB_WIDTH, Plan, lay_out
-from flightquant.cython_core.answer import status_columns
+from flightquant.cython_core.answer import NO_SCHEME, good_rows, status_columns
 from flightquant.cython_core.engine import Answer, Between, Engine, Session, spec_table
 from flightquant.cython_core.validate import CheckedBatch, Limits, Request, checked_layers
 from flightquant.layers import Layer, weights_field
@@ -67,9 +67,9 @@ class AmaxSession(Session):
         self._abort_on(checked)
         amax, kernel_ns = np.zeros(count, np.float32), np.zeros(count, np.int64)
         amax[rows[:made]], kernel_ns[rows[:made]] = found, spent
-        failed[list(checked.failures)] = 1
+        good = good_rows(checked, count)
         columns = {"layer_name": checked.names, "shape": checked.shapes, **status_columns(checked, count)}
-        columns["amax"] = pa.array(amax, mask=failed.astype(bool) if failed.any() else None)
+        columns["amax"] = pa.array(amax, mask=None if good is None else ~good)
         columns["kernel_ns"] = pa.array(kernel_ns)
         columns["bytes_in"] = pa.array(checked.lengths * self._request.value_bytes)
         columns["row_offset"] = pa.nulls(count, pa.int64())
@@ -77,7 +77,7 @@ class AmaxSession(Session):
             if name in batch.schema.names and name not in ("layer_name", "shape"):
                 columns[name] = batch.column(name)
         answer = pa.RecordBatch.from_arrays([columns[name] for name in self.schema.names], schema=self.schema)
-        costs = answer.append_column("scheme", pa.array(["none"] * count))
+        costs = answer.append_column("scheme", pa.repeat(pa.scalar(NO_SCHEME), count))
         totals = self._add_up(checked, bytes_out=4 * count, kernel_ns=int(kernel_ns.sum()))
         return Answer(answer, None, seconds, costs, totals)
 

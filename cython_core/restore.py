@@ -14,20 +14,19 @@ import pyarrow as pa
 
 from flightquant.cython_core._dequantize import RESTORE_FIELDS, Restorer, restores
 from flightquant.cython_core._memory import MIN_BYTES, OutputMemory
-from flightquant.cython_core._quantize import DTYPES, FAMILIES, quality_columns
-from flightquant.cython_core.answer import status_columns, with_nulls
-from flightquant.cython_core.engine import MAX_ANSWER_BYTES, Answer, Engine
+from flightquant.cython_core._quantize import DTYPES, FAMILIES
+from flightquant.cython_core.answer import NO_SCHEME, good_rows, quality, status_columns, with_nulls
+from flightquant.cython_core.engine import Answer, Engine, abort_on
+from flightquant.cython_core.output import MAX_ANSWER_BYTES, output_memory
 from flightquant.cython_core.validate import VALUE_BYTES, Limits
 from flightquant.cython_core.validate_quantized import CheckedRows, Ints, QuantizedRequest, check_rows
-from flightquant.errors import DeadlineError, LayerError, TooLargeError, clip_text
+from flightquant.errors import DeadlineError, TooLargeError
 from flightquant.reference import compare, dequantize_matrix, packed_bytes
 from flightquant.reference.numeric import widen
 from flightquant.schemes import LayerSpec
 from flightquant.spec import Command
 from flightquant.wire import RESTORED_VALUES, EndMessage, restored_schema, verified_schema
 
-NO_SCHEME = "none"
-"""The scheme, in costs, of rows that name none which exists."""
 _STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "float64": np.float64}
 
 
@@ -204,24 +203,25 @@ class QuantizedSession:
         checked = check_rows(batch, self._request, self._command, self._limits, self.value_bytes)
         weight_bytes = checked.lengths * self.value_bytes
         self._check_call_bytes(int(weight_bytes.sum()))
-        self._abort_on(checked)
+        abort_on(checked, self._command, self.end.rows)
         output = None if self._verifies else _Output(checked.lengths, self.value_bytes)
         seconds = {"validate": time.perf_counter() - start}
         targets = np.zeros(batch.num_rows, np.int64) if output is None else output.addresses
         results = restore(self._engine, checked, targets, self._command.dtype, self._request.dtype, should_stop)
-        self._abort_on(checked)
+        abort_on(checked, self._command, self.end.rows)
         columns = {"layer_name": checked.names, "shape": checked.shapes, **status_columns(checked, batch.num_rows)}
         if output is None:
-            columns |= _quality(checked, results.sums)
+            columns |= quality(results.sums, good_rows(checked, batch.num_rows))
         else:
             columns["weights"] = output.as_lists(checked, self._command.dtype)
         for name in self.schema.names[len(columns) :]:
             columns[name] = batch.column(name)
         made = pa.RecordBatch.from_arrays([columns[name] for name in self.schema.names], schema=self.schema)
-        schemes = [spec.scheme.name for spec in checked.specs]
+        schemes = np.array([spec.scheme.name for spec in checked.specs] or [NO_SCHEME])
+        scheme_of_row = checked.spec_of_row if checked.specs else np.zeros(batch.num_rows, np.int64)
         costs = {
             **{name: columns[name] for name in ("layer_name", "status")},
-            "scheme": pa.array([schemes[s] if schemes else NO_SCHEME for s in checked.spec_of_row.tolist()], pa.utf8()),
+            "scheme": pa.array(schemes[scheme_of_row], pa.utf8()),
             "kernel_ns": pa.array(results.nanoseconds),
             "bytes_in": pa.array(weight_bytes),
         }
@@ -239,13 +239,6 @@ class QuantizedSession:
                 got=self._weight_bytes,
                 expected=limit,
             )
-
-    def _abort_on(self, checked: CheckedRows) -> None:
-        if self._command.on_error == "abort" and checked.failures:
-            row = min(checked.failures)
-            status, text = checked.failures[row]
-            name = clip_text(checked.names[row].as_py(), 200)
-            raise LayerError(status, f'layer "{name}" (row {self.end.rows + row}): {status}: {text}', got=status)
 
     def _add_up(self, checked: CheckedRows, results: Results, weight_bytes: Ints) -> EndMessage:
         """The totals of a batch, which also join those of the call."""
@@ -276,32 +269,18 @@ class _Output:
                 got=nbytes,
                 expected=MAX_ANSWER_BYTES,
             )
-        self._buffer = pa.allocate_buffer(nbytes) if nbytes < MIN_BYTES else pa.py_buffer(OutputMemory(nbytes))
+        self._buffer = output_memory(nbytes)
         self.addresses: Ints = self._buffer.address + self._offsets[:-1] * value_bytes
 
     def as_lists(self, checked: CheckedRows, dtype: str) -> pa.Array:
         """The memory as the column ``weights``; null in rows that failed."""
         values = RESTORED_VALUES[dtype]
         rows = len(self._offsets) - 1
-        mask, nulls = None, 0
-        if checked.failures:
-            valid = np.ones(rows, bool)
-            valid[list(checked.failures)] = False
-            mask, nulls = with_nulls(valid)
+        valid = good_rows(checked, rows)
+        mask, nulls = (None, 0) if valid is None else with_nulls(valid)
         child = pa.Array.from_buffers(values, int(self._offsets[-1]), [None, self._buffer], 0)
         offsets = pa.py_buffer(self._offsets.astype(np.int32))
         return pa.Array.from_buffers(pa.list_(values), rows, [mask, offsets], nulls, children=[child])
-
-
-def _quality(checked: CheckedRows, sums: npt.NDArray[np.float64]) -> dict[str, pa.Array]:
-    names = ("sqnr_db", "cosine", "max_abs_error")
-    columns = [np.empty(len(sums), np.float32) for _ in names]
-    quality_columns(sums, *columns)
-    failed = None
-    if checked.failures:
-        failed = np.zeros(len(sums), bool)
-        failed[list(checked.failures)] = True
-    return {name: pa.array(column, pa.float32(), mask=failed) for name, column in zip(names, columns, strict=True)}
 
 
 def restore_arrays(

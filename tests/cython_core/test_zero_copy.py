@@ -17,6 +17,7 @@ from fq_testing import request, stored_as
 import flightquant
 from flightquant.cython_core import engine as engine_module
 from flightquant.cython_core import local
+from flightquant.cython_core import output as output_module
 from flightquant.cython_core._memory import OutputMemory
 from flightquant.cython_core._quantize import Plan
 from flightquant.cython_core.engine import Engine
@@ -110,7 +111,7 @@ def allocations() -> Iterator[dict[str, int]]:
     pa.set_memory_pool(pool)
     tracemalloc.start()
     try:
-        with mock.patch.object(engine_module, "OutputMemory", output_memory):
+        with mock.patch.object(output_module, "OutputMemory", output_memory):
             yield peaks
         peaks["python"] = tracemalloc.get_traced_memory()[1]
         peaks["arrow"] = pool.max_memory()
