@@ -1,10 +1,10 @@
 """The manifests on a real Kubernetes, end to end, under clients that compare every answer; prints the figures.
 
-``K8S_TOOLS=DIR python scripts/cluster.py [--image NAME] [--archive FILE] [--only STEP...]``, where DIR has ``up``,
-``load-image`` and ``in-cluster-net`` of a one-node cluster. Rollout, killed pods, out of memory, drain, servers that
-are stuck, clients that spread over the headless Service; then ``prod-tls`` with certificates and tokens of Secrets,
-both renewed. Clients with our own retries (cluster_client.py) call all the while. Exit code 1 if a call or a layer was
-lost, or a step's claim does not hold.
+``K8S_TOOLS=DIR python scripts/cluster.py [--image NAME] [--archive FILE] [--only STEP...]``, where DIR has ``up``
+and ``load-image`` of a one-node cluster whose node answers its DNS. Rollout, killed pods, out of memory, drain, servers
+that are stuck, clients that spread over the headless Service; then ``prod-tls`` with certificates and tokens of
+Secrets, both renewed. Clients with our own retries (cluster_client.py) call all the while. Exit code 1 if a call or a
+layer was lost, or a step's claim does not hold.
 """
 
 from __future__ import annotations
@@ -40,13 +40,17 @@ PORT = 8815
 class Cluster:
     """kubectl and the tools beside it."""
 
-    def __init__(self, tools: Path) -> None:
+    def __init__(self, tools: Path, folder: Path) -> None:
         self._tools = tools
+        self.folder = folder
         self.host = "flightquant"
         self.proof: list[str] = []
         """What a caller is told for TLS."""
         shown = subprocess.run([tools / "up"], check=True, stdout=subprocess.PIPE, text=True).stdout
         os.environ["KUBECONFIG"] = shown.strip().split("=", 1)[1]
+        node = "jsonpath={.items[0].status.addresses[?(@.type=='InternalIP')].address}"
+        self._resolver = folder / "resolv.conf"
+        self._resolver.write_text(f"nameserver {kubectl('get', 'nodes', '-o', node)}\n")
 
     def load(self, image: str, archive: Path) -> None:
         """Make an image of this machine known to the cluster."""
@@ -62,10 +66,11 @@ class Cluster:
         kubectl("apply", "-k", path)
 
     def caller(self, kind: str, *arguments: str) -> list[str]:
-        """The command line of a caller of the Service, in the cluster's network and with its names."""
+        """The command line of a caller of the Service, which knows the cluster's names."""
         uri = f"grpc{'+tls' if '--ca' in self.proof else ''}://{self.host}.{namespace()}.svc.cluster.local:{PORT}"
-        inside = str(self._tools / "in-cluster-net")
-        return [inside, sys.executable, str(CLIENT), uri, kind, *arguments, *self.proof]
+        named = ["unshare", "--mount", "--", "sh", "-c", 'mount --bind "$0" /etc/resolv.conf && exec "$@"']
+        program = [sys.executable, str(CLIENT), uri, kind, *arguments, *self.proof]
+        return [*named, str(self._resolver), *program]
 
     def once(self, *proof: str) -> str:
         """What one call comes to that shows this and no more."""
@@ -366,63 +371,51 @@ def shown() -> str:
 
 def tls(cluster: Cluster) -> bool:
     """prod-tls with Secrets: who is let in; a certificate renewed by a rollout, a token without one, under calls."""
-    with tempfile.TemporaryDirectory() as folder:
-        secrets = Secrets(Path(folder))
-        cluster.serve("test-1.20-tls", "flightquant")
+    secrets = Secrets(cluster.folder)
+    cluster.serve("test-1.20-tls", "flightquant")
+    secrets.certificate()
+    token, _ = secrets.token()
+    kubectl("rollout", "status", "deployment/flightquant", "--timeout=180s")
+    wait(all_ready, "all pods are ready")
+    by_ca, known = ("--ca", str(secrets.ca)), ("--token-file", str(token))
+    told = {
+        "with both": cluster.once(*by_ca, *known),
+        "without a token": cluster.once(*by_ca),
+        "without the CA": cluster.once("--ca", "/etc/ssl/certs/ca-certificates.crt", *known),
+        "in the clear": cluster.once(*known),
+    }
+    print(f"TLS and tokens: {', '.join(f'{what}: {outcome}' for what, outcome in told.items())}")
+    right = list(told.values()) == ["ok", "UnauthenticatedError", "UnavailableError", "UnavailableError"]
+
+    cluster.proof, before = [*by_ca, *known], shown()
+    with cluster.client("calls") as counts:
         secrets.certificate()
-        token, _ = secrets.token()
-        kubectl("rollout", "status", "deployment/flightquant", "--timeout=180s")
-        wait(all_ready, "all pods are ready")
-        by_ca, known = ("--ca", str(secrets.ca)), ("--token-file", str(token))
-        told = {
-            "with both": cluster.once(*by_ca, *known),
-            "without a token": cluster.once(*by_ca),
-            "without the CA": cluster.once("--ca", "/etc/ssl/certs/ca-certificates.crt", *known),
-            "in the clear": cluster.once(*known),
-        }
-        print(f"TLS and tokens: {', '.join(f'{what}: {outcome}' for what, outcome in told.items())}")
-        right = list(told.values()) == ["ok", "UnauthenticatedError", "UnavailableError", "UnavailableError"]
+        kubectl("rollout", "restart", "deployment/flightquant")
+        kubectl("rollout", "status", "deployment/flightquant", "--timeout=280s")
+        wait(all_ready, "the old pods are gone")
+        time.sleep(3)
+    renewed = shown() != before
+    print(
+        f"certificate {'renewed' if renewed else 'NOT RENEWED'} by a rollout: {counts['failed']} of "
+        f"{counts['calls']} calls failed, {counts['wrong']} of {counts['layers']} answers wrong"
+    )
 
-        cluster.proof, before = [*by_ca, *known], shown()
-        with cluster.client("calls") as counts:
-            secrets.certificate()
-            kubectl("rollout", "restart", "deployment/flightquant")
-            kubectl("rollout", "status", "deployment/flightquant", "--timeout=280s")
-            wait(all_ready, "the old pods are gone")
-            time.sleep(3)
-        renewed = shown() != before
-        print(
-            f"certificate {'renewed' if renewed else 'NOT RENEWED'} by a rollout: {counts['failed']} of "
-            f"{counts['calls']} calls failed, {counts['wrong']} of {counts['layers']} answers wrong"
-        )
-
-        other, line = secrets.token()
-        names = [pod["metadata"]["name"] for pod in pods()]
-        read = ("--", "cat", "/etc/flightquant/tokens/tokens")
-        seconds = wait(lambda: all(line in kubectl("exec", name, *read) for name in names), "the Secret is there")
-        time.sleep(2)  # the server looks once a second
-        after = cluster.once(*by_ca, "--token-file", str(other)), cluster.once(*by_ca, *known)
-        print(
-            f"token replaced: the pods have it after {seconds:.0f} s; the new one: {after[0]}, the old one: {after[1]}"
-        )
-        return not right or not renewed or lost(counts) or after != ("ok", "UnauthenticatedError")
+    other, line = secrets.token()
+    names = [pod["metadata"]["name"] for pod in pods()]
+    read = ("--", "cat", "/etc/flightquant/tokens/tokens")
+    seconds = wait(lambda: all(line in kubectl("exec", name, *read) for name in names), "the Secret is there")
+    time.sleep(2)  # the server looks once a second
+    after = cluster.once(*by_ca, "--token-file", str(other)), cluster.once(*by_ca, *known)
+    print(f"token replaced: the pods have it after {seconds:.0f} s; the new one: {after[0]}, the old one: {after[1]}")
+    return not right or not renewed or lost(counts) or after != ("ok", "UnauthenticatedError")
 
 
 PLAIN = (rollout, killed, out_of_memory, drained, stopped, deaf, spread)
 STEPS = {step.__name__: step for step in (*PLAIN, tls)}
 
 
-def main() -> None:
-    """Run everything."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tools", type=Path, default=os.environ.get("K8S_TOOLS"), help="DIR with up, load-image, ...")
-    parser.add_argument("--image", default="localhost/flightquant:dev")
-    parser.add_argument("--archive", type=Path, default=ARCHIVE, help="made if missing")
-    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS))
-    options = parser.parse_args()
-    if options.tools is None:
-        parser.error("K8S_TOOLS or --tools is needed")
-    cluster = Cluster(Path(options.tools))
+def run(cluster: Cluster, options: argparse.Namespace) -> list[str]:
+    """The steps asked for; those that failed."""
     cluster.load(options.image, options.archive)
     if set(options.only) - {"tls"}:
         cluster.serve("test-1.20", "default")
@@ -439,6 +432,21 @@ def main() -> None:
             bad = True
         failed += [name] if bad else []
         sys.stdout.flush()
+    return failed
+
+
+def main() -> None:
+    """Run everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tools", type=Path, default=os.environ.get("K8S_TOOLS"), help="DIR with up, load-image, ...")
+    parser.add_argument("--image", default="localhost/flightquant:dev")
+    parser.add_argument("--archive", type=Path, default=ARCHIVE, help="made if missing")
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS))
+    options = parser.parse_args()
+    if options.tools is None:
+        parser.error("K8S_TOOLS or --tools is needed")
+    with tempfile.TemporaryDirectory() as folder:
+        failed = run(Cluster(Path(options.tools), Path(folder)), options)
     print(f"failed: {', '.join(failed)}" if failed else "all steps hold")
     sys.exit(bool(failed))
 
