@@ -2,10 +2,10 @@
 
 gRPC allocates every message on whichever of its threads reads it, and Arrow copies it into one piece. As glibc comes,
 each thread has a heap of its own that keeps what it once needed, and every large block is mapped afresh and returned to
-the kernel: receiving then costs more in page faults than in copying. Few heaps bound memory (with one, whoever allocates
-while Python's lock is held waits for those who fetch megabytes from the kernel: seconds, when a hundred streams fill);
-huge pages and keeping what was freed save the faults. Together they take the server from 0.9 to 1.5 CPU seconds a GiB of
-input to 0.8 to 0.9 at batches of 16 and 64 MiB (docs/benchmarks.md).
+the kernel: receiving then costs more in page faults than in copying. Few heaps bound memory; with a single one, who
+allocates while holding Python's lock waits for those who fetch megabytes from the kernel, for seconds when a hundred
+streams fill. Huge pages and keeping what was freed save the faults. Together they take the server from 0.9 to 1.5 CPU
+seconds a GiB of input to 0.8 to 0.9 at batches of 16 and 64 MiB (docs/benchmarks.md).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 One stream sends layers of 4 KiB, one after the other, for SECONDS: alone; while another process sends layers of 1 GiB
 again and again, in one message each, then in parts as this project's client sends them; while a hundred clients that
-write as fast as they may and read one answer of 256 KiB a second come, and when their streams are full; and alone again.
+write as fast as they may and read one answer of 256 KiB a second come; when their streams are full; and alone again.
 Prints the milliseconds of the small layers' round trips.
 """
 
@@ -138,7 +138,8 @@ def main() -> None:
     if sys.argv[1:2] == ["--large"]:
         send_large(*sys.argv[2:])
     if sys.argv[1:2] == ["--slow"]:
-        return be_slow(*sys.argv[2:])
+        be_slow(*sys.argv[2:])
+        return
     scheme = sys.argv[1] if len(sys.argv) > 1 else "int4"
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 10.0
     with server_process(*LIMITS) as server:
