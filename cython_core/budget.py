@@ -65,9 +65,9 @@ class ThreadBudget:
         self._free = n_threads
         self._waiting: deque[tuple[int, threading.Lock]] = deque()
 
-    def run(self, tiles: int, work: Callable[[int], None]) -> None:
-        """Call ``work`` with the number of threads that it may use, for work of so many tiles."""
-        if tiles <= self._inline_tiles or self.n_threads == 1:
+    def run(self, tiles: int, work: Callable[[int], None], *, alone: bool = False) -> None:
+        """Call ``work`` with the number of threads that it may use, for work of so many tiles; ``alone``: with one."""
+        if alone or tiles <= self._inline_tiles or self.n_threads == 1:
             with self._hold(1):
                 work(1)
         else:
