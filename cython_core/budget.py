@@ -112,9 +112,9 @@ class ThreadBudget:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="flightquant-compute", initializer=initializer)
         self._turns, self._tiny_turns = Turns(n_threads), Turns(n_threads)
 
-    def run(self, tiles: int, work: Callable[[int], None]) -> None:
-        """Call ``work``, a slice of work of so many tiles, with the number of threads that it may use."""
-        if tiles <= self._inline_tiles or self.n_threads == 1:
+    def run(self, tiles: int, work: Callable[[int], None], *, alone: bool = False) -> None:
+        """Call ``work``, a slice of work of so many tiles, with how many threads it may use; ``alone``: with one."""
+        if alone or tiles <= self._inline_tiles or self.n_threads == 1:
             turns = self._tiny_turns if tiles <= TINY_TILES else self._turns
             with turns.hold(1):
                 work(1)

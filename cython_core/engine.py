@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -95,11 +96,21 @@ class Engine:
             )
         self.isa = isa or active_isa()
         self._budget = ThreadBudget(threads, inline_tiles)
+        self._alone = False
 
     @property
     def n_threads(self) -> int:
         """Compute threads."""
         return self._budget.n_threads
+
+    def beside(self) -> Engine:
+        """This engine for callers that have a thread for each of several batches: each computes on its own.
+
+        Of the same budget, one thread each: no team is woken and waited for every few milliseconds.
+        """
+        engine = copy(self)
+        engine._alone = True
+        return engine
 
     def session(self, schema: pa.Schema, command: Command, limits: Limits | None = None) -> Session:
         """The start of one call.
@@ -180,7 +191,7 @@ class Engine:
                 step(first, last, n_threads)
                 ended = time.perf_counter()
 
-            self._budget.run(tiles, work)
+            self._budget.run(tiles, work, alone=self._alone)
             seconds["queue"] += started - asked
             seconds["kernel"] += ended - started
             if between is not None:
