@@ -108,7 +108,7 @@ class Call:
         request_id = _single(headers, REQUEST_ID_HEADER)
         if request_id is None or not _REQUEST_ID.fullmatch(request_id):
             # No secret: random bytes of the system's cost a turn at Python's lock.
-            request_id = f"{random.getrandbits(128):032x}"  # noqa: S311
+            request_id = f"{random.getrandbits(128):032x}"
         trace = _TRACEPARENT.fullmatch(_single(headers, TRACE_HEADER) or "")
         return cls(
             request_id=request_id,
