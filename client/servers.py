@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import socket
 from collections.abc import Iterator
 from functools import partial
 from ipaddress import ip_address
+from itertools import count
 from threading import Lock
 from urllib.parse import urlsplit
 
@@ -77,6 +79,8 @@ class Servers:
         self._settings = settings
         self._connections: dict[str, Connection] = {}
         self._lock = Lock()
+        # A call of one message goes to the server that asks first: not the same one for each call, nor for each client.
+        self._firsts = count(random.randrange(1 << 16))  # noqa: S311 - spreads load, guards nothing
         for address in addresses(uri):
             self._connection(address)
 
@@ -109,7 +113,8 @@ class Servers:
         def lane(connection: Connection, cancellation: Cancellation) -> Attempts:
             return Attempts(connection, call.command, shared, cancellation)
 
-        lanes = [partial(lane, connection) for connection in connections]
+        first = next(self._firsts) % len(connections)
+        lanes = [partial(lane, connection) for connection in connections[first:] + connections[:first]]
         for place, batch in Spread(lanes, requests, self._settings.retry, call.deadline, call.cancellation):
             if call.progress:
                 for name in batch.column("layer_name").to_pylist():

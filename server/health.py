@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 import grpc  # type: ignore[import-untyped]
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
@@ -16,7 +17,7 @@ THREADS = 4
 class Health:
     """Answers whether this server may be sent calls: no until :meth:`ready`, no again after :meth:`drain`.
 
-    The service :data:`LIVENESS` answers whether it is alive.
+    The service :data:`LIVENESS` answers whether it is alive; while it is not, it may be sent no calls either.
 
     Parameters
     ----------
@@ -36,9 +37,9 @@ class Health:
             experimental_non_blocking=True,
             experimental_thread_pool=ThreadPoolExecutor(THREADS, thread_name_prefix="health-watch"),
         )
-        self._draining = False
-        self._set(*SERVICES, serving=False)
-        self.alive(True)
+        self._lock = Lock()
+        self._ready, self._draining, self._alive = False, False, True
+        self._tell()
         # Without this option two servers share a port in silence.
         self._server = grpc.server(
             ThreadPoolExecutor(THREADS, thread_name_prefix="health"), options=[("grpc.so_reuseport", 0)]
@@ -53,21 +54,26 @@ class Health:
 
     def ready(self) -> None:
         """Calls may come."""
-        if not self._draining:
-            self._set(*SERVICES, serving=True)
+        with self._lock:
+            self._ready = True
+            self._tell()
 
     def drain(self) -> None:
         """No more calls, for good."""
-        self._draining = True
-        self._set(*SERVICES, serving=False)
+        with self._lock:
+            self._draining = True
+            self._tell()
 
     def alive(self, alive: bool) -> None:
         """Whether calls come through."""
-        self._set(LIVENESS, serving=alive)
+        with self._lock:
+            self._alive = alive
+            self._tell()
 
-    def _set(self, *services: str, serving: bool) -> None:
+    def _tell(self) -> None:
         states = health_pb2.HealthCheckResponse
-        for service in services:
+        told = dict.fromkeys(SERVICES, self._ready and self._alive and not self._draining)
+        for service, serving in (told | {LIVENESS: self._alive}).items():
             self._servicer.set(service, states.SERVING if serving else states.NOT_SERVING)
 
     def close(self) -> None:

@@ -81,6 +81,14 @@ def test_layers_are_spread_and_come_back_whole_and_in_order(serve: Serve, expect
         assert seen == 7 + len(parts) + 1
 
 
+def test_calls_of_one_message_take_turns(serve: Serve) -> None:
+    servers = [serve(), serve()]
+    with QuantClient(",".join(server.uri for server in servers)) as client:
+        for _ in range(12):
+            client.quantize({"single": WEIGHTS["single"]}, "int8")
+    assert all(len(server.faults.received) >= 2 for server in servers)
+
+
 def test_rows_of_a_table_keep_their_order_even_with_one_name(serve: Serve) -> None:
     batches = [
         pa.record_batch({"layer_name": ["same"], "weights": pa.array([[float(i)] * 64], pa.list_(pa.float32()))})

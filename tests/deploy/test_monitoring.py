@@ -41,6 +41,18 @@ def queries() -> list[str]:
     return [rule["expr"] for rule in rules()]
 
 
+def scaling_queries() -> list[str]:
+    """What KEDA and the Prometheus adapter ask for, without the labels that only a cluster gives."""
+    keda = yaml.safe_load((ROOT / "deploy/components/keda/scaledobject.yaml").read_text())
+    asked = [trigger["metadata"]["query"] for trigger in keda["spec"]["triggers"] if trigger["type"] == "prometheus"]
+    adapter = yaml.safe_load((ROOT / "deploy/components/autoscaling/adapter-rules.yaml").read_text())
+    for rule in adapter["rules"]["custom"]:
+        name = re.match(r"\w+", rule["seriesQuery"])
+        assert name is not None
+        asked.append(rule["metricsQuery"].replace("<<.Series>>", name[0]).replace("<<.LabelMatchers>>", ""))
+    return [re.sub(r'{namespace="[^"]*"}', "", query) for query in asked]
+
+
 def test_the_dashboard_is_what_the_generator_makes(generator: ModuleType) -> None:
     assert (ROOT / "deploy/grafana/flightquant.json").read_text() == generator.build()
 
@@ -48,7 +60,7 @@ def test_the_dashboard_is_what_the_generator_makes(generator: ModuleType) -> Non
 def test_every_expression_parses_and_asks_for_metrics_that_exist(generator: ModuleType) -> None:
     promql = pytest.importorskip("promql_parser")
     recorded = {rule["record"] for rule in rules() if "record" in rule}
-    for query in [*generator.expressions(), *queries()]:
+    for query in [*generator.expressions(), *queries(), *scaling_queries()]:
         promql.parse(query)
         names = re.findall(r"\b((?:flightquant|process)_\w+)", re.sub(r'"[^"]*"', "", query))
         for name in names:
@@ -128,7 +140,7 @@ def test_every_expression_has_data_in_a_real_prometheus(generator: ModuleType, p
     """Exchanges run while Prometheus scrapes; then no panel and no recording rule may be empty."""
     batch = request({f"layers.{i}.weight": np.ones((8, 64), np.float32) for i in range(4)})
     command = {"scheme": "int4", "group_size": 32}
-    wanted = [*generator.expressions(), *(rule["record"] for rule in rules() if "record" in rule)]
+    wanted = [*generator.expressions(), *scaling_queries(), *(rule["record"] for rule in rules() if "record" in rule)]
     header = {"traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"}
     with server_process() as server, flight.connect(server.location) as client:
         target = urllib.parse.urlsplit(server.ready["metrics"]).netloc

@@ -70,14 +70,15 @@ def serving(timeout_s: float, location: str = "grpc://127.0.0.1:0", **options: A
         yield server
 
 
-def test_a_server_whose_handlers_are_stuck_is_not_alive(handlers: Handlers) -> None:
+def test_a_server_whose_handlers_are_stuck_is_neither_alive_nor_ready(handlers: Handlers) -> None:
     with serving(0.6) as server:
         eventually(lambda: handlers.reached > 0)
         handlers.free.clear()
         eventually(lambda: check(server.health_address, LIVENESS) == Status.NOT_SERVING)
-        assert check(server.health_address, "") == Status.SERVING
+        assert check(server.health_address, "") == Status.NOT_SERVING
         handlers.free.set()
         eventually(lambda: check(server.health_address, LIVENESS) == Status.SERVING)
+        assert check(server.health_address, "") == Status.SERVING
 
 
 def test_a_full_server_is_alive_and_its_calls_to_itself_count_nowhere(handlers: Handlers) -> None:
