@@ -22,8 +22,8 @@ NO_SCHEME = "none"
 _QUALITY = ("sqnr_db", "cosine", "max_abs_error")
 
 if TYPE_CHECKING:
-    from flightquant.cython_core.engine import _Work
     from flightquant.cython_core.validate_quantized import CheckedRows
+    from flightquant.cython_core.work import Work
 
 
 def with_nulls(valid: npt.NDArray[np.bool_]) -> tuple[pa.Buffer | None, int]:
@@ -42,12 +42,12 @@ def good_rows(checked: CheckedBatch | CheckedRows, count: int) -> npt.NDArray[np
 
 
 def build_answer(
-    batch: pa.RecordBatch, checked: CheckedBatch, work: _Work, command: Command, schema: pa.Schema
+    batch: pa.RecordBatch, checked: CheckedBatch, work: Work, command: Command, schema: pa.Schema
 ) -> pa.RecordBatch:
     """Answer rows for a request batch whose jobs are done."""
     count = batch.num_rows
     ok = good_rows(checked, count)
-    columns: dict[str, pa.Array] = {"layer_name": checked.names, "shape": checked.shapes, **_usual_columns(count)}
+    columns: dict[str, pa.Array] = {"layer_name": checked.names, "shape": checked.shapes, **usual_columns(count)}
     if "row_offset" in work.request.columns:
         columns["row_offset"] = batch.column("row_offset")
     if checked.failures:
@@ -76,7 +76,7 @@ def _kept_if_short(make: Callable[..., dict[str, pa.Array]]) -> Callable[..., di
 
 
 @_kept_if_short
-def _usual_columns(count: int) -> dict[str, pa.Array]:
+def usual_columns(count: int) -> dict[str, pa.Array]:
     """Columns of a batch without failures, row offsets, scales, zero points and quality."""
     return {
         "row_offset": _repeat(None, pa.int64(), count),
@@ -90,7 +90,7 @@ def _usual_columns(count: int) -> dict[str, pa.Array]:
 
 
 @_kept_if_short
-def _same_options(
+def same_options(
     count: int, scheme: str, packing: str, bit_width: int, group_size: int | None, scale_dtype: str | None
 ) -> dict[str, pa.Array]:
     """The options of a batch whose rows all have the same."""
@@ -112,7 +112,7 @@ def _columns_around(values: npt.NDArray[Any], kind: pa.DataType, names: Sequence
 def status_columns(checked: CheckedBatch | CheckedRows, count: int) -> dict[str, pa.Array]:
     """The columns ``status`` and ``error`` of a batch whose failures are known."""
     if not checked.failures:
-        usual = _usual_columns(count)
+        usual = usual_columns(count)
         return {"status": usual["status"], "error": usual["error"]}
     status: list[str] = ["ok"] * count
     error: list[str | None] = [None] * count
@@ -121,7 +121,7 @@ def status_columns(checked: CheckedBatch | CheckedRows, count: int) -> dict[str,
     return {"status": pa.array(status, pa.utf8()), "error": pa.array(error, pa.utf8())}
 
 
-def _options(work: _Work) -> dict[str, pa.Array]:
+def _options(work: Work) -> dict[str, pa.Array]:
     """What was really used, row by row: one value for each distinct spec, spread over the rows."""
     dtype = work.request.dtype
     used = [
@@ -129,13 +129,13 @@ def _options(work: _Work) -> dict[str, pa.Array]:
         for spec in work.specs
     ]
     if len(used) == 1:
-        return _same_options(len(work.spec_of_row), *used[0])
+        return same_options(len(work.spec_of_row), *used[0])
     rows = pa.array(work.spec_of_row)
-    each = [_same_options(1, *options) for options in used]
+    each = [same_options(1, *options) for options in used]
     return {name: pa.concat_arrays([columns[name] for columns in each]).take(rows) for name in each[0]}
 
 
-def _outputs(work: _Work, ok: npt.NDArray[np.bool_] | None) -> dict[str, pa.Array]:
+def _outputs(work: Work, ok: npt.NDArray[np.bool_] | None) -> dict[str, pa.Array]:
     columns = {"quantized_data": work.data.as_lists(pa.binary(), None, ok)}
     has_scales = [not spec.scheme.scales_inside for spec in work.specs]
     has_zeros = [not spec.symmetric for spec in work.specs]
@@ -160,7 +160,7 @@ def quality(sums: npt.NDArray[np.float64], ok: npt.NDArray[np.bool_] | None) -> 
     return {name: pa.array(column, _FLOAT, mask=~ok) for name, column in zip(_QUALITY, values, strict=True)}
 
 
-def _cost(checked: CheckedBatch, work: _Work) -> dict[str, pa.Array]:
+def _cost(checked: CheckedBatch, work: Work) -> dict[str, pa.Array]:
     values = np.zeros((3, len(work.spec_of_row)), np.int64)
     values[0, work.rows] = work.nanoseconds
     np.multiply(checked.lengths, work.request.value_bytes, out=values[1])

@@ -10,8 +10,9 @@ import pyarrow as pa
 
 from flightquant.cython_core._quantize import JOB_WIDTH, Plan, lay_out
 from flightquant.cython_core.answer import NO_SCHEME, good_rows, status_columns
-from flightquant.cython_core.engine import Answer, Between, Engine, Session, spec_table
+from flightquant.cython_core.engine import Answer, Between, Engine, Session
 from flightquant.cython_core.validate import CheckedBatch, Limits, Request, checked_layers
+from flightquant.cython_core.work import spec_table
 from flightquant.layers import Layer, weights_field
 from flightquant.spec import Command
 from flightquant.wire import amax_schema

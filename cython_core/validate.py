@@ -111,17 +111,16 @@ class CheckedBatch:
     failures: dict[int, tuple[str, str]] = field(default_factory=dict)
 
 
-def check_batch(batch: pa.RecordBatch, request: Request, limits: Limits) -> CheckedBatch:
-    """Check one batch of a call whose schema has passed.
+def check_content(batch: pa.RecordBatch, request: Request, limits: Limits) -> CheckedBatch:
+    """Check the rows of a batch that has passed :func:`check_frame`.
 
     Raises
     ------
     InvalidRequestError
-        The batch breaks Arrow's own rules, so that no row of it can be trusted, or is of another schema.
+        A column points outside its memory.
     TooLargeError
-        It has more rows or bytes, or a longer name, than the limits allow.
+        The batch has more bytes, or a longer name, than the limits allow.
     """
-    check_frame(batch, request.schema, limits)
     failures: dict[int, tuple[str, str]] = {}
     names = check_names(batch.column("layer_name"), limits, failures)
     weights = borrow_weights(batch, request.dtype, failures)
@@ -139,8 +138,10 @@ def check_frame(batch: pa.RecordBatch, schema: pa.Schema, limits: Limits) -> Non
 
     Raises
     ------
-    InvalidRequestError, TooLargeError
-        As :func:`check_batch`.
+    InvalidRequestError
+        The batch breaks Arrow's own rules, so that no row of it can be trusted, or is of another schema.
+    TooLargeError
+        It has more rows than the limits allow.
     """
     if batch.schema != schema:
         raise InvalidRequestError("the schema changed within the stream", field="schema", expected="one schema")

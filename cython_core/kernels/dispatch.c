@@ -23,10 +23,17 @@ extern const fq_kernels fq_kernels_neon;
 static int always(void) { return 1; }
 
 #if defined(FQ_HAVE_AVX2) || defined(FQ_HAVE_AVX512)
-/* Clang 14 does not know this feature by name. Whether the system keeps its registers is what "avx2" asks as well. */
+/* Clang 14 does not know this feature by name. Whether the system keeps its registers is what "avx2" asks as well.
+   Asked once: in a virtual machine the instruction goes to the hypervisor, which takes longer than a small plan. */
 static int has_f16c(void) {
-  unsigned a, b, c, d;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+  static int known = -1;
+  int has = __atomic_load_n(&known, __ATOMIC_RELAXED);
+  if (has < 0) {
+    unsigned a, b, c, d;
+    has = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+    __atomic_store_n(&known, has, __ATOMIC_RELAXED);
+  }
+  return has;
 }
 
 static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
