@@ -3,7 +3,8 @@
 OpenMP starts a team for every thread that opens a parallel region, and a Flight server has a thread for every call. So
 all large work runs on one dispatcher thread, whose team takes the whole budget, a few milliseconds at a time. Small
 work takes one thread of the budget and runs where it is: to hand it over would cost more than it gains. Callers are
-served in the order in which they came.
+served in the order in which they came, but for the smallest work: it would wait for a slice of the large for many times
+as long as it takes, so it has as many threads again for itself, and the system's scheduler shares the CPUs out.
 """
 
 from __future__ import annotations
@@ -44,39 +45,21 @@ def _cgroup_quota() -> int | None:
     return -(-int(quota) // int(period))
 
 
-class ThreadBudget:
-    """Runs slices of work on at most ``n_threads`` threads, whatever the number of callers.
+TINY_TILES = 1
+"""The smallest work: up to 256 KiB of float32, a millisecond for the slowest format."""
 
-    Parameters
-    ----------
-    n_threads : int
-    inline_tiles : int
-        The largest work, in tiles, that runs on its caller's thread.
-    """
 
-    def __init__(self, n_threads: int, inline_tiles: int) -> None:
-        self.n_threads = n_threads
-        self._inline_tiles = inline_tiles
-        cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        # Fewer threads than CPUs are the scheduler's to place: other processes would choose the same.
-        initializer = partial(pin_team, cpus) if n_threads == len(cpus) > 1 else None
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="flightquant-compute", initializer=initializer)
+class Turns:
+    """So many threads, given to callers in the order in which they came."""
+
+    def __init__(self, threads: int) -> None:
         self._lock = threading.Lock()
-        self._free = n_threads
+        self._free = threads
         self._waiting: deque[tuple[int, threading.Lock]] = deque()
 
-    def run(self, tiles: int, work: Callable[[int], None]) -> None:
-        """Call ``work`` with the number of threads that it may use, for work of so many tiles."""
-        if tiles <= self._inline_tiles or self.n_threads == 1:
-            with self._hold(1):
-                work(1)
-        else:
-            with self._hold(self.n_threads):
-                self._executor.submit(work, self.n_threads).result()
-
     @contextmanager
-    def _hold(self, count: int) -> Iterator[None]:
-        """So many threads of the budget, after those who came before."""
+    def hold(self, count: int) -> Iterator[None]:
+        """So many of the threads, after those who came before."""
         turn = None
         with self._lock:
             if self._waiting or self._free < count:
@@ -107,6 +90,37 @@ class ThreadBudget:
             wanted, turn = self._waiting.popleft()
             self._free -= wanted
             turn.release()
+
+
+class ThreadBudget:
+    """Runs slices of work on at most ``n_threads`` threads, whatever the number of callers, and tiny work beside them.
+
+    Parameters
+    ----------
+    n_threads : int
+    inline_tiles : int
+        The largest work, in tiles, that runs on its caller's thread. Of it, up to :data:`TINY_TILES` count as tiny and
+        have ``n_threads`` threads more.
+    """
+
+    def __init__(self, n_threads: int, inline_tiles: int) -> None:
+        self.n_threads = n_threads
+        self._inline_tiles = inline_tiles
+        cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        # Fewer threads than CPUs are the scheduler's to place: other processes would choose the same.
+        initializer = partial(pin_team, cpus) if n_threads == len(cpus) > 1 else None
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="flightquant-compute", initializer=initializer)
+        self._turns, self._tiny_turns = Turns(n_threads), Turns(n_threads)
+
+    def run(self, tiles: int, work: Callable[[int], None], *, alone: bool = False) -> None:
+        """Call ``work``, a slice of work of so many tiles, with how many threads it may use; ``alone``: with one."""
+        if alone or tiles <= self._inline_tiles or self.n_threads == 1:
+            turns = self._tiny_turns if tiles <= TINY_TILES else self._turns
+            with turns.hold(1):
+                work(1)
+        else:
+            with self._turns.hold(self.n_threads):
+                self._executor.submit(work, self.n_threads).result()
 
     def close(self) -> None:
         """End the dispatcher thread."""

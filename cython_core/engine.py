@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -32,9 +33,9 @@ __all__ = ["Answer", "Engine", "Limits", "Session"]
 
 SLICE_TILES = 128
 """Most tiles between two looks at ``should_stop`` and at other callers: 32 MiB of float32, a few milliseconds."""
-SHORT_SLICE_TILES = 40
-"""The first slice, and each one of a format that is slow: more tiles than ever run on their caller's thread."""
-SLICE_S = 0.02
+FIRST_SLICE_TILES = 40
+"""The first slice, from whose time the others follow: the whole of a batch of 10 MiB."""
+SLICE_S = 0.005
 """What a slice should take at most: formats that search need 10 to 50 times as long for a tile as others."""
 Between = Callable[[float], None]
 """Told every few milliseconds how great a share of the work is done; what it raises ends the call."""
@@ -95,11 +96,21 @@ class Engine:
             )
         self.isa = isa or active_isa()
         self._budget = ThreadBudget(threads, inline_tiles)
+        self._alone = False
 
     @property
     def n_threads(self) -> int:
         """Compute threads."""
         return self._budget.n_threads
+
+    def beside(self) -> Engine:
+        """This engine for callers that have a thread for each of several batches: each computes on its own.
+
+        Of the same budget, one thread each: no team is woken and waited for every few milliseconds.
+        """
+        engine = copy(self)
+        engine._alone = True
+        return engine
 
     def session(self, schema: pa.Schema, command: Command, limits: Limits | None = None) -> Session:
         """The start of one call.
@@ -165,7 +176,7 @@ class Engine:
         DeadlineError
             ``should_stop`` returned true.
         """
-        first, count = 0, min(SHORT_SLICE_TILES, SLICE_TILES)
+        first, count = 0, min(FIRST_SLICE_TILES, SLICE_TILES)
         while first < tiles:
             # Not before the first slice: asking gRPC costs more than a small batch.
             if first and should_stop is not None and should_stop():
@@ -180,13 +191,13 @@ class Engine:
                 step(first, last, n_threads)
                 ended = time.perf_counter()
 
-            self._budget.run(last - first, work)
+            self._budget.run(tiles, work, alone=self._alone)
             seconds["queue"] += started - asked
             seconds["kernel"] += ended - started
             if between is not None:
                 between(last / tiles)
             fitting = SLICE_S * (last - first) / max(ended - started, 1e-9)
-            count = min(max(int(fitting), SHORT_SLICE_TILES), SLICE_TILES)
+            count = min(max(int(fitting), self.n_threads), SLICE_TILES)
             first = last
 
     def close(self) -> None:

@@ -2,9 +2,10 @@
 
 gRPC allocates every message on whichever of its threads reads it, and Arrow copies it into one piece. As glibc comes,
 each thread has a heap of its own that keeps what it once needed, and every large block is mapped afresh and returned to
-the kernel: receiving then costs more in page faults than in copying. One heap for all threads bounds memory; huge pages
-and keeping what was freed save the faults. Together they take the server from 0.9 to 1.5 CPU seconds a GiB of input to
-0.8 to 0.9 at batches of 16 and 64 MiB (docs/benchmarks.md).
+the kernel: receiving then costs more in page faults than in copying. Few heaps bound memory; with a single one, who
+allocates while holding Python's lock waits for those who fetch megabytes from the kernel, for seconds when a hundred
+streams fill. Huge pages and keeping what was freed save the faults. Together they take the server from 0.9 to 1.5 CPU
+seconds a GiB of input to 0.8 to 0.9 at batches of 16 and 64 MiB (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ VARIABLE = "GLIBC_TUNABLES"
 TUNABLES = ":".join(
     f"glibc.malloc.{name}={value}"
     for name, value in {
-        "arena_max": 1,
+        "arena_max": 2,
         "hugetlb": 1,
         "mmap_threshold": 2**32 - 1,  # never map a block
         "trim_threshold": 2**32 - 1,  # never return memory

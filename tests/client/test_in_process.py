@@ -12,7 +12,7 @@ import pytest
 import flightquant
 from flightquant.client import QuantClient, calls, in_process
 from flightquant.cython_core import engine
-from flightquant.errors import DeadlineError
+from flightquant.errors import DeadlineError, LayerError
 from flightquant.spec import Command
 
 RNG = np.random.default_rng(5)
@@ -68,6 +68,45 @@ def test_windows_give_what_one_call_gives(options: dict[str, Any]) -> None:
     assert [name for name, what in held.seen if what == "given up"] == [name for name, _ in told]
     # What is loaded next ends a run; nothing further is loaded before the run is given up.
     assert held.seen.index(("small.a", "given up")) < held.seen.index(("large", "loaded"))
+
+
+@pytest.mark.parametrize("beside", [1 << 20, 100 << 10], ids=["all side by side", "a large one alone"])
+def test_layers_side_by_side_give_what_one_call_gives(beside: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_process, "MAX_BESIDE_BYTES", beside)
+    told: list[tuple[str, float]] = []
+    held = Watched()
+    stream = QuantClient("local", n_threads=2).stream(held, "int4", progress=lambda *each: told.append(each))
+    table = pa.Table.from_batches(stream)
+    expected = flightquant.quantize(WEIGHTS, "int4")
+    for name in expected.schema.names:
+        if name not in FREE:
+            assert table[name].combine_chunks().equals(expected[name].combine_chunks()), name
+    for name in WEIGHTS:
+        assert max(share for other, share in told if other == name) == 1
+        assert (name, "given up") in held.seen
+
+
+def test_a_bad_layer_ends_those_beside_it() -> None:
+    bad = {**WEIGHTS, "bad": np.full((8, 128), np.nan, np.float32)}
+    begun: set[str] = set()
+    stream = QuantClient("local", n_threads=2).stream(
+        bad | {f"after.{i}": WEIGHTS["large"] for i in range(64)},
+        "int4",
+        on_error="abort",
+        progress=lambda name, share: begun.add(name),
+    )
+    with pytest.raises(LayerError, match='"bad"'):
+        list(stream)
+    assert "after.63" not in begun
+
+
+def test_who_stops_taking_answers_ends_those_at_work() -> None:
+    told: list[float] = []
+    layers = {str(i): WEIGHTS["large"] for i in range(64)}
+    stream = QuantClient("local", n_threads=2).stream(layers, "int4", progress=lambda name, share: told.append(share))
+    next(iter(stream))
+    del stream
+    assert sum(share == 1.0 for share in told) < 16
 
 
 def test_a_deadline_ends_it() -> None:

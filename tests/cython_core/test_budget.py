@@ -59,7 +59,8 @@ def test_a_smaller_team_is_the_schedulers_to_place() -> None:
     budget.close()
 
 
-def test_callers_together_never_use_more_threads_than_there_are(budget: ThreadBudget) -> None:
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 9, 9), (1, 1, 1, 1)], ids=["others", "tiny"])
+def test_callers_together_never_use_more_threads_than_there_are(budget: ThreadBudget, sizes: tuple[int, ...]) -> None:
     lock, now, peak = threading.Lock(), 0, 0
 
     def work(n_threads: int) -> None:
@@ -75,7 +76,7 @@ def test_callers_together_never_use_more_threads_than_there_are(budget: ThreadBu
         for _ in range(20):
             budget.run(tiles, work)
 
-    callers = [threading.Thread(target=caller, args=(tiles,)) for tiles in (1, 1, 1, 9, 9)]
+    callers = [threading.Thread(target=caller, args=(tiles,)) for tiles in sizes]
     for thread in callers:
         thread.start()
     for thread in callers:
@@ -89,7 +90,7 @@ def test_what_work_raises_reaches_its_caller_and_gives_the_threads_back(budget: 
     def broken(n_threads: int) -> None:
         raise RuntimeError(str(n_threads))
 
-    for tiles, threads in ((1, "1"), (9, "2")) * 3:
+    for tiles, threads in ((1, "1"), (4, "1"), (9, "2")) * 3:
         with pytest.raises(RuntimeError, match=threads):
             budget.run(tiles, broken)
     done: list[int] = []
@@ -103,7 +104,7 @@ def test_large_work_is_not_starved_by_small_work(budget: ThreadBudget) -> None:
 
     def small() -> None:
         while not stop.is_set():
-            budget.run(1, lambda _: time.sleep(0.0005))
+            budget.run(2, lambda _: time.sleep(0.0005))
 
     callers = [threading.Thread(target=small) for _ in range(4)]
     for thread in callers:
@@ -118,7 +119,34 @@ def test_large_work_is_not_starved_by_small_work(budget: ThreadBudget) -> None:
     budget.close()
 
 
-@pytest.mark.parametrize(("slice_s", "expected"), [(1e9, [40, 128, 128, 104]), (0.0, [40] * 10)])
+@pytest.mark.parametrize("large", [9, 4], ids=["the team", "each thread"])
+def test_tiny_work_waits_for_no_other(budget: ThreadBudget, large: int) -> None:
+    """A layer of 4 KiB beside one of 1 GiB: while all threads are at work, it has others."""
+    busy, release = threading.Barrier(3 if large == 4 else 2), threading.Event()
+    order: list[str] = []
+
+    def work(n_threads: int) -> None:
+        busy.wait(30)
+        release.wait(30)
+        order.append("large")
+
+    callers = [threading.Thread(target=budget.run, args=(large, work)) for _ in range(busy.parties - 1)]
+    callers.append(threading.Thread(target=budget.run, args=(2, lambda _: order.append("small"))))
+    for thread in callers[:-1]:
+        thread.start()
+    busy.wait(30)
+    callers[-1].start()
+    budget.run(1, lambda n_threads: order.append(f"tiny on {n_threads}"))
+    assert order == ["tiny on 1"]
+    release.set()
+    for thread in callers:
+        thread.join(30)
+    assert order[0] == "tiny on 1"
+    assert sorted(order[1:]) == ["large"] * (busy.parties - 1) + ["small"]
+    budget.close()
+
+
+@pytest.mark.parametrize(("slice_s", "expected"), [(1e9, [40, 128, 128, 104]), (0.0, [40] + [2] * 180)])
 def test_slow_formats_are_computed_in_short_slices(
     monkeypatch: pytest.MonkeyPatch, slice_s: float, expected: list[int]
 ) -> None:
@@ -126,7 +154,14 @@ def test_slow_formats_are_computed_in_short_slices(
     monkeypatch.setattr(engine_module, "SLICE_S", slice_s)
     engine = Engine(n_threads=2)
     slices: list[tuple[int, int]] = []
-    engine.in_slices(lambda first, last, n_threads: slices.append((first, last)), 400, None, {"queue": 0, "kernel": 0})
+    teams: set[int] = set()
+
+    def step(first: int, last: int, n_threads: int) -> None:
+        slices.append((first, last))
+        teams.add(n_threads)
+
+    engine.in_slices(step, 400, None, {"queue": 0, "kernel": 0})
     engine.close()
+    assert teams == {2}, "a short slice of large work is the team's too"
     assert [last - first for first, last in slices] == expected
     assert [first for first, _ in slices] == [0, *(last for _, last in slices[:-1])]
