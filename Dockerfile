@@ -46,7 +46,7 @@ ENV PATH=/opt/flightquant/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     FLIGHTQUANT_SERVE_LOCATION=grpc://0.0.0.0:8815 \
-    GLIBC_TUNABLES=glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967295:glibc.malloc.trim_threshold=4294967295
+    GLIBC_TUNABLES=glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967295:glibc.malloc.trim_threshold=4294967295
 USER 65532:65532
 WORKDIR /
 EXPOSE 8815 8816 9464
