@@ -117,6 +117,8 @@ def _can_cut(shape: tuple[int, ...], spec: LayerSpec) -> bool:
     if spec.scheme.nested or spec.scheme.fold > 1 or (spec.scheme.rule == "onnx" and len(shape) == 1):
         # The scales' mean is that of the whole; its groups share bytes; two zero points of a row share a byte.
         return False
+    if spec.calibration == "proximal":
+        return False  # its steps end by the mean error of the whole
     if spec.granularity == "tensor":
         # One scale for all: the parts can be told the magnitude of the whole, but not its smallest and largest value.
         return spec.symmetric and spec.calibration == "absmax" and len(shape) > 1

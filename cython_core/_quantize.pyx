@@ -69,7 +69,7 @@ cdef extern from "fq.h" nogil:
         float *outer
         int32_t packing
         int32_t family, dtype, arithmetic, scale_dtype, bits, symmetric, shared_scale, in_blocks, given_scales
-        int32_t shrinks, measure
+        int32_t shrinks, steps, measure
     ctypedef struct fq_range:
         int32_t high, low
     ctypedef struct fq_result:
@@ -82,9 +82,10 @@ cdef extern from "fq.h" nogil:
         void (*reduce)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) noexcept nogil
         void (*parameters)(
             const fq_job *job, const fq_range *ranges, int64_t count, float *scales, float *zeros) noexcept nogil
-        void (*shrink_errors)(
+        void (*search_errors)(
             const fq_job *job, const fq_range *range, int64_t begin, int64_t end, double *errors) noexcept nogil
         void (*shrink_range)(const double *errors, fq_range *range) noexcept nogil
+        int (*count_steps)(const double *errors, int64_t n) noexcept nogil
         void (*quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) noexcept nogil
         void (*repack)(const fq_job *job, int64_t row, int64_t end) noexcept nogil
         void (*nest)(const fq_job *job) noexcept nogil
@@ -479,6 +480,8 @@ cdef class Plan:
         cdef const fq_job *job = &self._jobs[i]
         if job.family == FQ_NVFP4:
             return isnan(self._given_amax[i])
+        if job.family == FQ_HQQ:
+            return job.shrinks
         if job.in_blocks or job.family not in (FQ_INTEGER, FQ_FP8_E4M3, FQ_FP8_E5M2, FQ_ARROWQUANT):
             return False
         return job.shared_scale or job.unit > FQ_TILE
@@ -543,11 +546,13 @@ cdef class Plan:
     cdef void _reduce_one(self, int64_t i) noexcept nogil:
         cdef int64_t start = now()
         cdef Tile *tile = &self._reduce_tiles[i]
+        if self._jobs[tile.job].family == FQ_HQQ:  # it is only searched: each of its spans finds its own ranges
+            return
         self._kernels.reduce(&self._jobs[tile.job], tile.begin, tile.end, &self._reduced[i])
         self._reduced[i].nanoseconds = now() - start
 
     def search(self, int64_t first, int64_t last, int n_threads):
-        """Errors of shrunk ranges, for the tiles from ``first`` up to ``last``, those of ``reduce``."""
+        """Errors of shrunk ranges, or of steps, for the tiles from ``first`` up to ``last``, those of ``reduce``."""
         cdef int64_t i
         if not 0 <= first <= last <= self.search_tiles:
             raise IndexError(f"tiles {first} to {last} of {self.search_tiles}")
@@ -561,7 +566,7 @@ cdef class Plan:
         """The unit of its job that a tile of ``reduce`` belongs to."""
         cdef const Tile *tile = &self._reduce_tiles[i]
         cdef const fq_job *job = &self._jobs[tile.job]
-        return 0 if job.shared_scale or job.family == FQ_NVFP4 else tile.begin // job.unit
+        return 0 if job.shared_scale or job.family in (FQ_NVFP4, FQ_HQQ) else tile.begin // job.unit
 
     cdef void _share_ranges(self) noexcept:
         """Give every tile the range of its whole unit."""
@@ -586,7 +591,7 @@ cdef class Plan:
         cdef Tile *tile = &self._reduce_tiles[i]
         cdef fq_job *job = &self._jobs[tile.job]
         if job.shrinks:
-            self._kernels.shrink_errors(
+            self._kernels.search_errors(
                 job, &self._reduced[i].range, tile.begin, tile.end, self._errors + i * FQ_SHRINKS)
             self._reduced[i].nanoseconds += now() - start
 
@@ -616,10 +621,13 @@ cdef class Plan:
             nanoseconds[j] += part.nanoseconds
 
     def parameters(self):
-        """Scales and zero points of the reduced jobs, from the ranges of their tiles; the whole tensor's of nvfp4."""
+        """Scales and zero points of the reduced jobs, from the ranges of their tiles; the whole tensor's of nvfp4.
+
+        Of HQQ's, how many steps their zero points are moved.
+        """
         cdef int64_t i = 0, j, k, unit
         cdef float given
-        cdef bint elsewhere, whole
+        cdef bint elsewhere
         cdef fq_job *job
         cdef fq_range range_
         cdef fq_result *found
@@ -627,14 +635,13 @@ cdef class Plan:
         while i < self.reduce_tiles:
             j = self._reduce_tiles[i].job
             job = &self._jobs[j]
-            whole = job.shared_scale or job.family == FQ_NVFP4
-            unit = 0 if whole else self._reduce_tiles[i].begin // job.unit
+            unit = self._unit(i)
             range_ = self._reduced[i].range
             memset(errors, 0, sizeof(errors))
             while (
                 i < self.reduce_tiles
                 and j == self._reduce_tiles[i].job
-                and unit == (0 if whole else self._reduce_tiles[i].begin // job.unit)
+                and unit == self._unit(i)
             ):
                 found = &self._reduced[i]
                 range_.high = max(range_.high, found.range.high)
@@ -645,6 +652,9 @@ cdef class Plan:
                 i += 1
             if job.family == FQ_NVFP4:
                 self._whole_scale(j, &range_)
+                continue
+            if job.family == FQ_HQQ:
+                job.steps = self._kernels.count_steps(errors, job.n)
                 continue
             given = self._given_amax[j]
             elsewhere = job.shared_scale and job.symmetric and given == given

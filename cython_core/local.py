@@ -76,9 +76,10 @@ def quantize(
         What an error in each column (input feature) of a layer counts, by layer name: finite numbers of 0 or more, as
         in llama.cpp's importance matrix. For the schemes that search (``q2_k`` to ``q6_k``, ``iq4_nl``); others ignore
         it. Layers that it does not name have none. Arrow data has a column ``importance`` instead.
-    calibration : {"absmax", "mse"}, optional
+    calibration : {"absmax", "mse", "proximal"}, optional
         How the range of a scale of ``int2`` to ``int8`` is found: from its extreme weights (default), or shrunk to
-        where the squared error, weighed by ``importance``, is the least.
+        where the squared error, weighed by ``importance``, is the least. ``proximal`` moves the zero points of ``hqq*``
+        as hqq's optimizer does.
     fallback : bool, optional
         True: rows that are no multiple of 256, but of 32, get the scheme that llama.cpp takes there in place of a
         k-quant; the answer names it.

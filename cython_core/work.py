@@ -187,7 +187,7 @@ def spec_table(specs: tuple[LayerSpec, ...], dtype: str) -> npt.NDArray[np.int64
                 spec.scheme.stored_bits or spec.scheme.bits,
                 0 if spec.scheme.stored_bits == spec.scheme.bits else PACKINGS.get(spec.scheme.packing, 0),
                 spec.scheme.row_tail,
-                spec.calibration == "mse",
+                spec.calibration != "absmax",
             )
             for spec in specs
         ],

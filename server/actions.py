@@ -39,7 +39,7 @@ def _scheme(scheme: Scheme) -> dict[str, Any]:
     options = ["granularity", "group_size"] if scheme.group_sizes else ["granularity"]
     options += ["bit_width"] if scheme.bit_widths else []
     options += ["packing"] if len(scheme.packings) > 1 else []
-    options += ["calibration"] if scheme.calibrates else []
+    options += ["calibration"] if len(scheme.calibrations) > 1 else []
     options += ["symmetric"] if scheme.asymmetric else []
     options += ["scale_dtype"] if scheme.scale_dtypes else []
     return {

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from flightquant.errors import DeadlineError, DrainingError, OverloadedError
 from flightquant.server.calls import Call
+from flightquant.server.crowd import Crowd
 
 RETRY_AFTER_S = 1.0
 POLL_S = 0.1
@@ -69,6 +70,7 @@ class Admission:
         self._waiting = 0
         self._draining = False
         self._ending = threading.Event()
+        self._crowd = Crowd()
 
     @property
     def calls(self) -> int:
@@ -108,6 +110,7 @@ class Admission:
     def drain(self) -> None:
         """Refuse every new call from now on; running ones go on."""
         self._draining = True
+        self._crowd.close()
 
     def end_calls(self) -> None:
         """Ask the running calls to end with ``draining``."""
@@ -141,6 +144,7 @@ class Admission:
                 self._running[id(call)] = call
             self._peak = max(self._peak, len(self._running))
             call.admitted = True
+        self._crowd.found_room()
 
     def _wait_in_queue(self, call: Call) -> None:
         queued = _Queued(call, threading.Condition(self._lock))
@@ -202,8 +206,8 @@ class Admission:
             call.admitted = False
             self._silent += 1
 
-    @staticmethod
-    def _overloaded(field: str, got: int, limit: int) -> OverloadedError:
+    def _overloaded(self, field: str, got: int, limit: int) -> OverloadedError:
+        self._crowd.refused()
         what = {
             "max_calls": "calls are running or open",
             "max_bytes_in_flight": "bytes are held by running calls",

@@ -255,18 +255,23 @@ def mlx_quantize(storage: npt.NDArray[Any], dtype: str, *, bit_width: int, group
     return np.array(words).view(np.uint8).reshape(-1), *floats
 
 
-def hqq_quantize(storage: npt.NDArray[Any], dtype: str, *, bits: int, group_size: int = 64) -> Quantized:
-    """``Quantizer.quantize`` along the rows, without the steps after the first codes.
+def hqq_quantize(
+    storage: npt.NDArray[Any], dtype: str, *, bits: int, group_size: int = 64, calibration: str = "absmax"
+) -> Quantized:
+    """``Quantizer.quantize`` along the rows, with its steps after the first codes only where they are asked for.
 
     Of a group whose range is beyond float32, for which hqq's scale is infinite, the range is the largest float32.
     """
     quantizer = module_of("hqq.core.quantize").Quantizer
     weights = as_torch(storage, dtype)
-    how = {"nbits": bits, "group_size": group_size, "axis": 1, "optimize": False, "device": "cpu"}
+    how = {"nbits": bits, "group_size": group_size, "axis": 1, "optimize": calibration == "proximal", "device": "cpu"}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on several ones torch adds up a long mean in another order
     packed, told = quantizer.quantize(weights, **how)
+    torch.set_num_threads(threads)
     scales, zeros = told["scale"], told["zero"]
     wide = scales.isinf()
-    if wide.any():
+    if wide.any() and calibration == "absmax":
         groups = weights.float().reshape(-1, group_size)
         levels = (1 << bits) - 1
         factors = torch.where(wide, levels / torch.tensor(torch.finfo(torch.float32).max), 1.0 / scales)

@@ -206,6 +206,14 @@ def slope(samples: list[tuple[float, float]]) -> float:
     return float(np.polyfit(late[:, 0] / 3600, late[:, 1], 1)[0]) if len(late) > 2 else 0.0
 
 
+def by_minute(samples: list[tuple[float, float]]) -> list[float]:
+    """The median of each minute: a heap that warms up levels off, a leak does not."""
+    minutes: dict[int, list[float]] = {}
+    for when, value in samples:
+        minutes.setdefault(int(when // 60), []).append(value)
+    return [float(np.median(values)) for _, values in sorted(minutes.items())]
+
+
 def run(minutes: float, seed: int, pause_s: float, corpus: Path | None) -> dict[str, Any]:
     """The whole soak; its figures."""
     tally, started = Tally(), time.monotonic()
@@ -257,6 +265,7 @@ def run(minutes: float, seed: int, pause_s: float, corpus: Path | None) -> dict[
         "end": end,
         "peak_rss_mib": round(max(value for _, value in rss), 1),
         "slope_mib_per_hour": round(slope(rss), 1),
+        "rss_mib_by_minute": [round(value) for value in by_minute(rss)],
         "counts": dict(sorted(tally.counts.items())),
         "problems": tally.problems,
     }

@@ -109,7 +109,7 @@ def quantize(
         str | None,
         typer.Option(
             **choice(CALIBRATIONS),
-            help="How an integer's scale is found: mse takes longer and errs less.",
+            help="Search instead, which takes longer and errs less: mse for int2 to int8, proximal for hqq.",
             show_default="absmax",
         ),
     ] = None,

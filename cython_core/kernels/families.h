@@ -4,6 +4,8 @@
 
 #include "tile.h"
 
+enum { FQ_STEPS = 20 }; /* the most proximal steps of FQ_HQQ */
+
 void FQ_NAME(integer_reduce)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 void FQ_NAME(integer_parameters)(const fq_job *job, const fq_range *ranges, int64_t count, float *scales, float *zeros);
 void FQ_NAME(integer_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
@@ -18,6 +20,12 @@ void FQ_NAME(fbgemm_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_
 void FQ_NAME(mxfp4_ggml_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 void FQ_NAME(onnx_points)(const fq_job *job, int64_t row, int64_t end);
 void FQ_NAME(hqq_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
+/* The mean errors' sums of all proximal steps, whose zero points are left in the job's. */
+void FQ_NAME(hqq_errors)(const fq_job *job, int64_t begin, int64_t end, double *errors);
+/* Move the zero points of the groups of a span by so many steps; add what the errors before each of them sum up to. */
+void FQ_NAME(take_steps)(const fq_job *job, const float *x, int64_t n, const float *factor, float *zero, int steps,
+                         double *errors);
+int FQ_NAME(count_steps)(const double *errors, int64_t n);
 void FQ_NAME(hqq_fold)(const fq_job *job, int64_t begin, int64_t end);
 void FQ_NAME(mlx_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 void FQ_NAME(shrink_errors)(const fq_job *job, const fq_range *range, int64_t begin, int64_t end, double *errors);

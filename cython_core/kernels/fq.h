@@ -75,7 +75,9 @@ typedef struct fq_job {
   int32_t in_blocks;    /* one scale for each block of FQ_EDGE x FQ_EDGE weights, row by row of blocks */
   int32_t given_scales; /* scales and zeros are filled in already: 1 by fq_kernels.parameters from these weights' range,
                            2 from a range that may be another's */
-  int32_t shrinks;      /* of integers: search the shrunk range whose squared error is the least */
+  int32_t shrinks;      /* of integers: search the shrunk range whose squared error is the least; of FQ_HQQ: move zero
+                           points by proximal steps */
+  int32_t steps;        /* how many of these, as count_steps says */
   int32_t measure;      /* fill the quality sums */
   void *restored;       /* of a job to restore: n weights of restored_dtype, at any address; null to measure alone */
   int32_t restored_dtype; /* FQ_F32 or FQ_F16 */
@@ -103,9 +105,11 @@ typedef struct fq_kernels {
   /* Scales and zero points of count ranges, as the job's family makes them. */
   void (*parameters)(const fq_job *job, const fq_range *ranges, int64_t count, float *scales, float *zeros);
   /* The squared errors of the weights from begin up to end, a piece of one unit with this range, for each of the
-   * FQ_SHRINKS factors by which a range may be shrunk; and a range shrunk by the best of them. */
-  void (*shrink_errors)(const fq_job *job, const fq_range *range, int64_t begin, int64_t end, double *errors);
+   * FQ_SHRINKS factors by which a range may be shrunk; and a range shrunk by the best of them. Of FQ_HQQ, the errors
+   * before each of FQ_STEPS proximal steps of whole units; and how many steps n weights with these errors take. */
+  void (*search_errors)(const fq_job *job, const fq_range *range, int64_t begin, int64_t end, double *errors);
   void (*shrink_range)(const double *errors, fq_range *range);
+  int (*count_steps)(const double *errors, int64_t n);
   /* Quantize the weights from begin up to end: whole units, or a piece of one if given_scales. */
   void (*quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
   /* Write the rows from one up to another, FQ_REPACK_ROWS of them or the last ones, in the job's packing; of

@@ -19,7 +19,7 @@ static __attribute__((noinline)) float first_zero(const float *x, int64_t n) {
 /* Parameters of the groups of a span. */
 FQ_INLINE void span_groups(const fq_job *job, const float *x, int64_t begin, int64_t n, group_parameters *g,
                            fq_result *result) {
-  const int64_t groups = n / job->unit, first = begin / job->unit;
+  const int64_t groups = n / job->unit;
   const float levels = (float)((1 << job->bits) - 1);
   for (int64_t i = 0; i < groups; i += FQ_LANES) {
     if (range_units(NULL, x + i * job->unit, job->unit, groups - i, 0, g->high + i, g->low + i) >= FQ_INFINITY_BITS)
@@ -40,8 +40,30 @@ FQ_INLINE void span_groups(const fq_job *job, const float *x, int64_t begin, int
       g->zero[k] = -least * factor;
     }
   }
-  memcpy(job->scales + first, g->scale, (size_t)groups * sizeof(float));
-  memcpy(job->zeros + first, g->zero, (size_t)groups * sizeof(float));
+}
+
+void FQ_NAME(hqq_errors)(const fq_job *job, int64_t begin, int64_t end, double *errors) {
+  _Alignas(64) float buffer[FQ_SPAN];
+  fq_result unused = {.first_bad = -1};
+  group_parameters g;
+  for (int step = 0; step < FQ_STEPS; step++)
+    errors[step] = 0;
+  for (int64_t at = begin; at < end;) {
+    const int64_t stop = span_end(job, at, end), n = stop - at;
+    const float *x = load_span(job, at, n, buffer);
+    span_groups(job, x, at, n, &g, &unused);
+    FQ_NAME(take_steps)(job, x, n, g.factor, g.zero, FQ_STEPS, errors);
+    memcpy(job->zeros + at / job->unit, g.zero, (size_t)(n / job->unit) * sizeof(float));
+    at = stop;
+  }
+}
+
+/* Move the zero points as many steps as were counted: those of all steps stand there already. */
+static void move_zeros(const fq_job *job, const float *x, int64_t begin, int64_t n, group_parameters *g) {
+  if (job->steps == FQ_STEPS)
+    memcpy(g->zero, job->zeros + begin / job->unit, (size_t)(n / job->unit) * sizeof(float));
+  else
+    FQ_NAME(take_steps)(job, x, n, g->factor, g->zero, job->steps, NULL);
 }
 
 /* Codes less 128, and weights again where they are wanted, of n weights (a multiple of 64). */
@@ -76,6 +98,10 @@ void FQ_NAME(hqq_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_res
     const int64_t stop = span_end(job, at, end), n = stop - at, padded = round_up(n, FQ_STEP);
     const float *x = load_span(job, at, n, buffer);
     span_groups(job, x, at, n, &g, result);
+    if (job->shrinks)
+      move_zeros(job, x, at, n, &g);
+    memcpy(job->scales + at / job->unit, g.scale, (size_t)(n / job->unit) * sizeof(float));
+    memcpy(job->zeros + at / job->unit, g.zero, (size_t)(n / job->unit) * sizeof(float));
     fetcher next = fetch_from(job, stop);
     if (job->measure)
       quantize_span(job, &next, x, padded, &g, 1, codes, again);

@@ -17,6 +17,13 @@ static void parameters(const fq_job *job, const fq_range *ranges, int64_t count,
     FQ_NAME(integer_parameters)(job, ranges, count, scales, zeros);
 }
 
+static void search_errors(const fq_job *job, const fq_range *range, int64_t begin, int64_t end, double *errors) {
+  if (job->family == FQ_HQQ)
+    FQ_NAME(hqq_errors)(job, begin, end, errors);
+  else
+    FQ_NAME(shrink_errors)(job, range, begin, end, errors);
+}
+
 static void quantize(const fq_job *job, int64_t begin, int64_t end, fq_result *result) {
   switch (job->family) {
   case FQ_INTEGER:
@@ -87,8 +94,9 @@ const fq_kernels FQ_NAME(kernels) = {
     .name = FQ_TEXT(FQ_ISA),
     .reduce = reduce,
     .parameters = parameters,
-    .shrink_errors = FQ_NAME(shrink_errors),
+    .search_errors = search_errors,
     .shrink_range = FQ_NAME(shrink_range),
+    .count_steps = FQ_NAME(count_steps),
     .quantize = quantize,
     .repack = repack,
     .nest = FQ_NAME(nest),

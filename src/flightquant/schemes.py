@@ -108,9 +108,11 @@ class Scheme:
         return self.packing == NESTED
 
     @property
-    def calibrates(self) -> bool:
-        """Whether the range of a scale may be searched."""
-        return self.name.startswith("int")
+    def calibrations(self) -> tuple[str, ...]:
+        """How scales and zero points may be found, the default first."""
+        if self.packing == "hqq":
+            return ("absmax", "proximal")
+        return ("absmax", "mse") if self.name.startswith("int") and not self.rule else ("absmax",)
 
     @property
     def fold(self) -> int:
@@ -343,7 +345,7 @@ def _hqq(bits: int) -> Scheme:
         group_sizes=(64, 32, 128),
         asymmetric=True,
         scale_dtypes=("float32",),
-        exact_with="hqq 0.2.8 with axis=1 and optimize=False on a CPU",
+        exact_with="hqq 0.2.8 with axis=1 on a CPU, optimize=False (True: calibration proximal, see its page)",
         summary=f"HQQ's {bits}-bit codes with a float scale and zero point for each group, for hqq and transformers",
         always_zero_points=True,
         stored_bits=8,
@@ -393,7 +395,8 @@ class LayerSpec:
 
     ``scheme`` is the variant asked for. ``group_size`` is 128, the edge of a block, with granularity ``block``, and 0
     unless the granularity is that or ``group``; ``scale_dtype`` is None for "the weights' own dtype".
-    ``fallback``: another scheme is taken for rows that no block divides. ``calibration``: how a scale's range is found.
+    ``fallback``: another scheme is taken for rows that no block divides. ``calibration``: how a scale's range or a
+    zero point is found.
     """
 
     scheme: Scheme

@@ -17,7 +17,7 @@ from flightquant.schemes import BLOCK_EDGE, NESTED, SCHEMES, LayerSpec
 
 OPERATIONS = ("quantize", "dequantize", "verify", "amax")
 RESTORED_DTYPES = ("float32", "float16")
-CALIBRATIONS = ("absmax", "mse")
+CALIBRATIONS = ("absmax", "mse", "proximal")
 ON_ERROR = ("row", "abort")
 MAX_COMMAND_BYTES = 64 * 1024
 
@@ -265,7 +265,7 @@ def _override(command: Command, overrides: tuple[tuple[str, Any], ...]) -> Comma
             fallback["packing"] = None
         if changed.fallback and scheme.packing != "gguf":
             fallback["fallback"] = False
-        if not scheme.calibrates:
+        if changed.calibration not in scheme.calibrations:
             fallback["calibration"] = "absmax"
         changed = replace(changed, **fallback)
     changed.layer_spec()
@@ -310,8 +310,8 @@ def _layer_spec(command: Command) -> LayerSpec:
     symmetric = command.symmetric and not scheme.always_zero_points
     if command.fallback and scheme.packing != "gguf":
         raise _refuse("fallback", command.fallback, "false", f"{scheme.name} has no scheme to fall back to")
-    if command.calibration != "absmax" and not scheme.calibrates:
-        raise _refuse("calibration", command.calibration, "absmax", f"{scheme.name} has no such calibration")
+    if command.calibration not in scheme.calibrations:
+        raise _refuse("calibration", command.calibration, scheme.calibrations, f"{scheme.name} has no such calibration")
     return LayerSpec(
         scheme, granularity, group_size, symmetric, command.scale_dtype, command.fallback, command.calibration
     )

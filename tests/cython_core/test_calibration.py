@@ -1,4 +1,4 @@
-"""``calibration: mse``: the kernels' search is the reference's, bit for bit, and what it finds is better."""
+"""``calibration``: the kernels' search is the reference's, bit for bit, and what it finds is better."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from fq_testing import KINDS, answer_bytes, check_row, reference_layer, request, weights_like
+from fq_testing import KINDS, answer_bytes, check_row, reference_layer, request, stored_as, weights_like
 
 import flightquant
 from flightquant import reference
 from flightquant.cython_core.engine import Engine
 from flightquant.errors import InvalidRequestError
-from flightquant.reference import integer
+from flightquant.reference import hqq, integer
 from flightquant.spec import Command
 
+PROXIMAL = [(8, 64), (4, 32), (4, 64), (4, 128), (3, 32), (2, 64), (2, 128)]
+"""Bits and group sizes."""
 FLOATS = pa.list_(pa.float32())
 UNITS: list[dict[str, Any]] = [{"granularity": "tensor"}, {"granularity": "channel"}, {"group_size": 32}]
 OPTIONS: list[dict[str, Any]] = [
@@ -69,6 +71,81 @@ def test_the_engine_is_the_reference(dtype: str, options: dict[str, Any], all_en
         assert answer_bytes(answer) == first, engine.isa
 
 
+@pytest.mark.parametrize(("bits", "group_size"), PROXIMAL)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_proximal_steps_are_the_references(dtype: str, bits: int, group_size: int, all_engines: list[Engine]) -> None:
+    """Weights of every kind, errors below and above where they shrink to 0, spans and tiles whole and broken."""
+    command = Command.build(scheme=f"hqq{bits}", group_size=group_size, calibration="proximal")
+    rng = np.random.default_rng(23)
+    layers = {kind: weights_like(kind, 8 * 3 * group_size, dtype, rng).reshape(8, -1) for kind in KINDS}
+    layers["wide"] = stored_as(rng.standard_normal((4, 2048 + group_size)) * 10.0 ** rng.uniform(-2, 4, (4, 1)), dtype)
+    layers["small"] = stored_as(rng.standard_normal((4, 65536 // 4 + group_size)) * 0.02, dtype)
+    layers["one group each"] = stored_as(rng.standard_normal((4, group_size)) * 0.5, dtype)
+    layers["bad"] = layers["wide"].copy()
+    layers["bad"][2, 5] = stored_as(np.array([1.0]), dtype)[0] if dtype == "bfloat16" else np.nan
+    if dtype == "bfloat16":
+        layers["bad"][2, 5] = 0x7FC0
+    expected = [reference_layer(weights, dtype, command) for weights in layers.values()]
+    batch = request(layers, dtype)
+    first = None
+    for engine in all_engines:
+        answer = engine.session(batch.schema, command).quantize(batch).batch
+        if first is None or answer_bytes(answer) != first:
+            for i, layer in enumerate(expected):
+                check_row(answer, i, layer, f"{engine.isa} x{engine.n_threads}")
+        first = first or answer_bytes(answer)
+        assert answer_bytes(answer) == first, engine.isa
+
+
+def test_steps_end_where_the_mean_error_no_longer_falls(monkeypatch: pytest.MonkeyPatch, any_engine: Engine) -> None:
+    """Early, in the middle, or not at all, and the kernels count as many."""
+    rng = np.random.default_rng(1)
+    layers = {
+        "grid": np.resize(np.arange(16, dtype=np.float32), (2, 64)),
+        "ties": weights_like("ties", 256, "float32", rng).reshape(4, 64),
+        "few": (rng.standard_normal((2, 64)) * 0.02).astype(np.float32),
+        "many": (rng.standard_normal((64, 256)) * 3).astype(np.float32),
+    }
+    counted = []
+    mean = hqq.mean_magnitude
+    monkeypatch.setattr(hqq, "mean_magnitude", lambda errors: (counted.append(0), mean(errors))[1])
+    command = Command.build(scheme="hqq4", calibration="proximal")
+    batch = request(layers)
+    answer = any_engine.session(batch.schema, command).quantize(batch).batch
+    steps = []
+    for i, weights in enumerate(layers.values()):
+        counted.clear()
+        check_row(answer, i, reference_layer(weights, "float32", command))
+        steps.append(len(counted))
+    assert steps[0] < 4
+    assert 2 < steps[2] < hqq.STEPS
+    assert steps[3] == hqq.STEPS
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("spread", [0.02, 1.0])
+def test_proximal_steps_leave_less_error(bits: int, spread: float) -> None:
+    weights = (np.random.default_rng(6).standard_normal((64, 512)) * spread).astype(np.float32)
+    weights[::7, ::50] *= 6
+
+    def errors(**options: Any) -> tuple[float, float]:
+        made = flightquant.dequantize(flightquant.quantize({"w": weights}, f"hqq{bits}", **options))["w"]
+        return float(np.abs(made - weights).mean()), float(((made - weights) ** 2).mean())
+
+    plain, moved = errors(), errors(calibration="proximal")
+    assert moved[0] < 0.98 * plain[0]
+    assert moved[1] < 0.98 * plain[1]
+
+
+def test_the_power_is_the_correctly_rounded_one() -> None:
+    """All but where float64's error decides a tie: NumPy's own float64 power, rounded, as the judge."""
+    rng = np.random.default_rng(8)
+    sizes = np.concatenate([rng.uniform(0.17, 3, 100_000), 10 ** rng.uniform(-0.76, 38.5, 100_000)]).astype(np.float32)
+    sizes = np.append(sizes, np.float32([0.17000002, 1.4142135, 1.4142137, 2, 3.4028235e38]))
+    wanted = (sizes.astype(np.float64) ** np.float64(np.float32(-0.3))).astype(np.float32)
+    assert (hqq.power(sizes) != wanted).sum() <= 1
+
+
 @pytest.mark.parametrize("unit", UNITS, ids=str)
 @pytest.mark.parametrize("scheme", ["int2", "int4"])
 def test_it_finds_less_error(scheme: str, unit: dict[str, Any]) -> None:
@@ -116,8 +193,11 @@ def test_other_schemes_have_no_such_calibration(any_engine: Engine) -> None:
     for scheme in ("q4_k", "nf4", "fp8_e4m3"):
         with pytest.raises(InvalidRequestError, match="calibration"):
             Command.build(scheme=scheme, calibration="mse")
+    for scheme, calibration in (("int4", "best"), ("int4", "proximal"), ("hqq4", "mse")):
+        with pytest.raises(InvalidRequestError, match="calibration"):
+            Command.build(scheme=scheme, calibration=calibration)
     with pytest.raises(InvalidRequestError, match="calibration"):
-        Command.build(scheme="int4", calibration="best")
+        Command.build(scheme="int4", packing="onnx", calibration="mse")
     weights = np.ones((2, 256), np.float32)
     batch = request({"a": weights, "b": weights}, columns={"scheme": pa.array(["q8_0", None])})
     command = Command.build(scheme="int8", calibration="mse")

@@ -77,6 +77,14 @@ def matrix(dtype: str) -> npt.NDArray[np.float64]:
     return rows
 
 
+def signed_zeros(dtype: str) -> npt.NDArray[np.float64]:
+    """2 rows of positive weights with zeros of both signs in each 32: the first one negative, then positive."""
+    rows = np.abs(np.random.default_rng(20261123).standard_normal((2, COLS))) * max(0.02, SMALLEST[dtype])
+    rows[0, 3::32], rows[0, 20::32] = -0.0, 0.0
+    rows[1, 3::32], rows[1, 20::32] = 0.0, -0.0
+    return rows
+
+
 def storage(values: npt.NDArray[np.float64], dtype: str) -> npt.NDArray[Any]:
     """The values in the dtype, bfloat16 as its bits."""
     stored = values.astype(STORAGE[dtype])
@@ -175,6 +183,10 @@ def hqq(_: str) -> Iterator[Case]:
     for width, group_size in itertools.product((8, 4, 3, 2), (32, 64, 128)):
         last = 20 if width == 3 else 18
         yield (0, last, COLS), {"scheme": f"hqq{width}", "group_size": group_size}
+        yield (32, 34, COLS), {"scheme": f"hqq{width}", "group_size": group_size}
+        # Not rows whose range is beyond float32, of which hqq makes nothing.
+        steps = {"scheme": f"hqq{width}", "group_size": group_size, "calibration": "proximal"}
+        yield from (((first, last, COLS), steps) for first, last in ((0, 8), (10, 22)))
     yield (10, 13, 128), {"scheme": "hqq3"}
 
 
@@ -264,7 +276,10 @@ FAMILIES: dict[str, Callable[[str], Iterator[Case]]] = {
 
 def write(family: str) -> None:
     """Ask the libraries and write the family's file."""
-    inputs = {dtype: storage(np.resize(matrix(dtype), (32, COLS)), dtype) for dtype in STORAGE}
+    inputs = {}
+    for dtype in STORAGE:
+        rows = np.concatenate([np.resize(matrix(dtype), (32, COLS)), signed_zeros(dtype)])
+        inputs[dtype] = storage(rows, dtype)
     index = []
     data, scales, zeros = [], [], []
     for dtype in STORAGE:

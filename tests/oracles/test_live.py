@@ -25,6 +25,7 @@ from fq_oracles import as_torch, library_quantize, module_of
 
 import flightquant
 from flightquant import reference
+from flightquant.reference import hqq
 from flightquant.reference.numeric import round_to
 from flightquant.spec import Command
 
@@ -175,6 +176,41 @@ def test_hqq_makes_the_same_and_reads_it(dtype: str, width: int, group_size: int
         told |= {"scale": torch.tensor(scales)[:, None], "zero": torch.tensor(zeros)[:, None]}
         packed = torch.tensor(data.view(np.int32) if width == 3 else data).reshape(-1, group_size)
         same_bits(again[name], quantizer.dequantize(packed, told).numpy(), f"{name} dequantized")
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("width", [8, 4, 3, 2])
+def test_hqq_takes_the_same_steps(width: int, group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many, to the same zero points; where errors are above 0.17, but for torch's power (docs/formats/hqq.md)."""
+    try:
+        solver = module_of("hqq.core.optimize")
+    except ModuleNotFoundError as missing:
+        pytest.skip(str(missing))
+    theirs, ours = [], []
+    step, mean = solver.optimize_weights_proximal_legacy_step, hqq.mean_magnitude
+    monkeypatch.setattr(
+        solver, "optimize_weights_proximal_legacy_step", lambda *given: (theirs.append(0), step(*given))[1]
+    )
+    monkeypatch.setattr(hqq, "mean_magnitude", lambda errors: (ours.append(0), mean(errors))[1])
+    options = {"scheme": f"hqq{width}", "group_size": group_size, "calibration": "proximal"}
+    rng = np.random.default_rng(31)
+    for spread, rows in itertools.product((0.02, 0.1, 1.0, 30.0), (4, 64, 512)):
+        weights = (rng.standard_normal((rows, 384)) * spread).astype(np.float32)
+        theirs.clear(), ours.clear()
+        data, scales, zeros = library_quantize(weights, "float32", options)
+        reference.quantize(weights, Command.build(**options).layer_spec(), "float32", measure=False)
+        table = flightquant.quantize({"w": weights}, **options)
+        made = table.column("zero_points")[0].values.to_numpy()
+        name = f"{spread} {rows}"
+        same_bits(np.frombuffer(table.column("quantized_data")[0].as_buffer(), np.uint8), data, f"{name} data")
+        same_bits(table.column("scales")[0].values.to_numpy(), scales, f"{name} scales")
+        # A layer that no longer changes may end a step later in torch's float32 sum, or a step before.
+        assert abs(len(ours) - len(theirs)) <= 1, name
+        if spread < 1:
+            same_bits(made, zeros, f"{name} zero points")
+        elif len(ours) == len(theirs):
+            assert (made == zeros).mean() > 0.98, name
+            np.testing.assert_allclose(made, zeros, rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("options", LAYOUTS, ids=lambda options: "-".join(map(str, given(options).values())))

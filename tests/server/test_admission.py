@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from pyarrow import flight
 
 from flightquant.errors import DrainingError, OverloadedError
 from flightquant.server import admission as admission_module
+from flightquant.server import crowd
 from flightquant.server.admission import OPEN_FACTOR, Admission
 from flightquant.server.app import Server, running_server
 from flightquant.server.auth import Identity
@@ -260,6 +262,33 @@ def test_one_place_wakes_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert looks <= 3 * 20
     for thread in threads:
         thread.join(60)
+
+
+def test_a_crowd_before_the_door_asks_for_pythons_lock_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of threads that wait for it and wake every 5 ms cost more than the calls that they are refused."""
+    usual, now = sys.getswitchinterval(), 100.0
+    monkeypatch.setattr(crowd.time, "monotonic", lambda: now)
+    admission = Admission(max_calls=1, max_bytes=100)
+    first, second = (Call(str(i), "DoExchange") for i in range(2))
+    try:
+        admission.enter(first)
+        for _ in range(2):
+            with pytest.raises(OverloadedError):
+                admission.enter(second)
+        assert sys.getswitchinterval() == crowd.CROWDED_SWITCH_S
+        admission.leave(first)
+        admission.enter(second)
+        assert sys.getswitchinterval() == crowd.CROWDED_SWITCH_S, "others are refused in these moments"
+        admission.leave(second)
+        now += 2 * crowd.CALM_S
+        admission.enter(first)
+        assert sys.getswitchinterval() == pytest.approx(usual)
+        with pytest.raises(OverloadedError):
+            admission.enter(second)
+        admission.drain()
+        assert sys.getswitchinterval() == pytest.approx(usual)
+    finally:
+        sys.setswitchinterval(usual)
 
 
 def test_an_idle_call_gives_its_place_away_and_is_told() -> None:

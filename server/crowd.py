@@ -1,0 +1,42 @@
+"""Python's own lock under a crowd of threads.
+
+A thread that waits for the lock wakes every 5 ms (``sys.getswitchinterval``) to ask its holder to let go. A flood of
+calls, each with a thread of gRPC's, makes thousands that do little else than wake: more CPU went there than into
+refusing the calls. So while calls are refused for want of room they ask once a second. Nobody waits longer for it: what
+holds the lock for milliseconds gives it up by itself at the next read, write or kernel.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+
+CROWDED_SWITCH_S = 1.0
+CALM_S = 1.0
+"""Without a refusal for so long, the usual interval holds again."""
+
+
+class Crowd:
+    """Sets the process's switch interval by whether calls are refused for want of room."""
+
+    def __init__(self) -> None:
+        self._usual = sys.getswitchinterval()
+        self._refused = math.inf
+
+    def refused(self) -> None:
+        """A call found no room."""
+        if self._refused == math.inf:
+            sys.setswitchinterval(CROWDED_SWITCH_S)
+        self._refused = time.monotonic()
+
+    def found_room(self) -> None:
+        """A call came in."""
+        if self._refused + CALM_S < time.monotonic():
+            self.close()
+
+    def close(self) -> None:
+        """Leave the interval as it was found."""
+        if self._refused != math.inf:
+            self._refused = math.inf
+            sys.setswitchinterval(self._usual)
