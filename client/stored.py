@@ -18,7 +18,7 @@ from flightquant.client.compressed import FLOAT8
 from flightquant.client.safetensors import FLOATS, STORAGE
 from flightquant.client.sources import Source, Tensor, TensorMeta, place
 from flightquant.errors import InvalidRequestError
-from flightquant.reference import dequantize, dynamic8, float8, matrix_shape, packed_bytes, scale_count
+from flightquant.reference import dynamic8, float8, matrix_shape, packed_bytes, scale_count
 from flightquant.reference.integer import unpack
 from flightquant.reference.numeric import F32, widen
 from flightquant.schemes import NESTED, SCHEMES, LayerSpec
@@ -33,13 +33,23 @@ class StoredLayer:
     ----------
     parts : tuple of str
         The tensors that it is made of.
+    answer : callable
+        Reads it as a batch of one answer row.
     """
 
     name: str
     shape: tuple[int, ...]
-    scheme: str
+    spec: LayerSpec
     parts: tuple[str, ...]
-    weights: Callable[[], F32]
+    answer: Callable[[], pa.RecordBatch]
+
+    def weights(self) -> F32:
+        """float32 weights of its shape: by the kernels where this machine has them."""
+        from flightquant import dequantize as restore
+
+        (weights,) = restore(self.answer()).values()
+        restored: F32 = weights
+        return restored
 
 
 def stored_layers(source: Source) -> dict[str, StoredLayer]:
@@ -141,11 +151,15 @@ def _array(source: Source, name: str) -> npt.NDArray[Any]:
     return np.frombuffer(tensor.data, STORAGE.get(tensor.meta.dtype, "|u1"))
 
 
-def _restored(
-    data: npt.NDArray[np.uint8], scales: F32 | None, zeros: F32 | None, spec: LayerSpec, rows: int, cols: int
-) -> F32:
-    """float32 weights of shape (rows, cols) from packed bytes: by the kernels where this machine has them."""
-    from flightquant import dequantize as restore
+def _answer(
+    name: str,
+    shape: tuple[int, ...],
+    data: npt.NDArray[np.uint8],
+    scales: F32 | None,
+    zeros: F32 | None,
+    spec: LayerSpec,
+) -> pa.RecordBatch:
+    """The answer row that packed bytes are."""
 
     def floats(values: F32 | None) -> pa.Array:
         held = None if values is None else np.ascontiguousarray(values, np.float32).reshape(-1)
@@ -154,8 +168,8 @@ def _restored(
     packed = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
     places = pa.array([0, packed.size], pa.int64()).buffers()[1]
     columns = {
-        "layer_name": pa.array(["weight"]),
-        "shape": pa.array([[rows, cols]], pa.list_(pa.int64())),
+        "layer_name": pa.array([name]),
+        "shape": pa.array([shape], pa.list_(pa.int64())),
         "scheme": pa.array([spec.scheme.name]),
         "packing": pa.array([spec.scheme.packing]),
         "group_size": pa.array([spec.group_size], pa.int32()),
@@ -163,9 +177,7 @@ def _restored(
         "scales": floats(scales),
         "zero_points": floats(zeros),
     }
-    (weights,) = restore(pa.RecordBatch.from_pydict(columns)).values()
-    restored: F32 = weights
-    return restored
+    return pa.RecordBatch.from_pydict(columns)
 
 
 def _spec_of(scheme: str, scales: TensorMeta, rows: int, cols: int, *, symmetric: bool) -> LayerSpec:
@@ -207,16 +219,16 @@ def _integer(source: Source, name: str) -> StoredLayer:
         raise _misfit(source, name, f"does not fit {scheme} of shape {[rows, cols]}")
     parts = (f"{name}_packed", scale_name, shape_name, *((zero_name,) if zeros_meta else ()))
 
-    def weights() -> F32:
+    def answer() -> pa.RecordBatch:
         data = np.frombuffer(source.load(f"{name}_packed").data, np.uint8)
         if bits == 8:
             data = np.ascontiguousarray(data.reshape(rows, words)[:, :cols]).reshape(-1) ^ np.uint8(0x80)
         zeros = None
         if zeros_meta is not None:
             zeros = _zeros(_array(source, zero_name), zeros_meta, rows, bits)
-        return _restored(data, _array(source, scale_name), zeros, spec, rows, cols)
+        return _answer(name, (rows, cols), data, _array(source, scale_name), zeros, spec)
 
-    return StoredLayer(name, (rows, cols), scheme, parts, weights)
+    return StoredLayer(name, (rows, cols), spec, parts, answer)
 
 
 def _zeros(values: npt.NDArray[Any], meta: TensorMeta, rows: int, bits: int) -> F32:
@@ -239,11 +251,11 @@ def _float8(source: Source, name: str) -> StoredLayer:
     if _count(source, f"{name}_scale") != scale_count(spec, rows, cols):
         raise _misfit(source, f"{name}_scale", f"does not fit weights of shape {list(shape)}")
 
-    def weights() -> F32:
+    def answer() -> pa.RecordBatch:
         data = np.frombuffer(source.load(name).data, np.uint8)
-        return _restored(data, _array(source, f"{name}_scale"), None, spec, rows, cols)
+        return _answer(name, shape, data, _array(source, f"{name}_scale"), None, spec)
 
-    return StoredLayer(name, shape, "fp8_e4m3", (name, f"{name}_scale"), weights)
+    return StoredLayer(name, shape, spec, (name, f"{name}_scale"), answer)
 
 
 def _micro(source: Source, name: str) -> StoredLayer:
@@ -263,16 +275,16 @@ def _micro(source: Source, name: str) -> StoredLayer:
     if not fits or cols % spec.group_size or (spec.scheme.whole_scale and _count(source, whole_name) != 1):
         raise _misfit(source, scale_name, f"does not fit {scheme} of shape {[rows, cols]}")
 
-    def weights() -> F32:
+    def answer() -> pa.RecordBatch:
         codes = np.frombuffer(source.load(scale_name).data, np.uint8)
         if spec.scheme.whole_scale:
             groups = float8.decode(codes, float8.FORMATS["fp8_e4m3"])
             scales = np.append(groups, _array(source, whole_name).astype(np.float32))
         else:
             scales = np.ldexp(np.float32(1), codes.astype(np.int32) - 127)
-        return _restored(np.frombuffer(source.load(data_name).data, np.uint8), scales, None, spec, rows, cols)
+        return _answer(name, (rows, cols), np.frombuffer(source.load(data_name).data, np.uint8), scales, None, spec)
 
-    return StoredLayer(name, (rows, cols), scheme, parts, weights)
+    return StoredLayer(name, (rows, cols), spec, parts, answer)
 
 
 def _bitsandbytes(source: Source, name: str) -> StoredLayer:
@@ -299,23 +311,22 @@ def _bitsandbytes(source: Source, name: str) -> StoredLayer:
     more = (floats, f"{name}.nested_quant_map") if nested else ()
     parts = (name, f"{name}.absmax", f"{name}.quant_map", state_name, *more)
 
-    def weights() -> F32:
+    def answer() -> pa.RecordBatch:
         data = np.concatenate([np.frombuffer(source.load(each).data, np.uint8) for each in bytes_of])
         scales = _array(source, floats)
-        return _restored(data, np.append(scales, offset) if nested else scales, None, spec, rows, cols)
+        return _answer(name, shape, data, np.append(scales, offset) if nested else scales, None, spec)
 
-    return StoredLayer(name, shape, spec.scheme.name, parts, weights)
+    return StoredLayer(name, shape, spec, parts, answer)
 
 
 def _gguf(source: Source, name: str) -> StoredLayer:
     meta = source.tensors[name]
     spec = Command.build(scheme=meta.dtype.lower(), packing="gguf").layer_spec()
-    rows, cols = matrix_shape(meta.shape)
 
-    def weights() -> F32:
-        return _restored(np.frombuffer(source.load(name).data, np.uint8), None, None, spec, rows, cols)
+    def answer() -> pa.RecordBatch:
+        return _answer(name, meta.shape, np.frombuffer(source.load(name).data, np.uint8), None, None, spec)
 
-    return StoredLayer(name, meta.shape, spec.scheme.name, (name,), weights)
+    return StoredLayer(name, meta.shape, spec, (name,), answer)
 
 
 class AnswerSource(Source):
@@ -334,6 +345,8 @@ class AnswerSource(Source):
     def _all(self) -> Iterator[tuple[str, F32]]:
         columns = ["layer_name", "shape", "status", "error", "scheme", "packing", "bit_width", "group_size",
                    "quantized_data", "scales", "zero_points", "row_offset"]  # fmt: skip
+        from flightquant import dequantize
+
         for batch in self._rows(columns):
             yield from dequantize(batch).items()
 

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,12 @@ from flightquant.client.recipes import Plan, available_presets, module_of
 from flightquant.client.safetensors import FLOATS
 from flightquant.client.sinks import LayerResult
 from flightquant.client.sources import Source
+from flightquant.client.stored import StoredLayer, stored_layers
+from flightquant.errors import InvalidRequestError
 from flightquant.layers import layer_class
+from flightquant.reference import float8
 from flightquant.reference.numeric import widen
-from flightquant.schemes import SCHEMES
+from flightquant.schemes import SCHEMES, LayerSpec
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -208,39 +212,39 @@ def _broad(reason: str) -> str:
 
 def print_inspection(console: Console, file: Source) -> None:
     """Every tensor of a file, quantized weights as one line each."""
-    args = compressed.read_configuration(file.metadata)
+    try:
+        stored, misfit = stored_layers(file), ""
+    except InvalidRequestError as error:
+        stored, misfit = {}, str(error)
     table = Table(pad_edge=False, box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("tensor", overflow="fold", style="cyan")
     table.add_column("scheme", no_wrap=True)
     for heading in ("shape", "bits/w", "size", "scales"):
         table.add_column(heading, justify="right", no_wrap=True)
-    quantized = [name.removesuffix("_packed") for name in file.tensors if name.endswith(".weight_packed")]
-    quantized += [
-        name
-        for name, info in file.tensors.items()
-        if info.dtype == compressed.FLOAT8 and f"{name}_scale" in file.tensors
-    ]
-    parts = {f"{name.removesuffix('weight')}{suffix}" for name in quantized for suffix in compressed.SUFFIXES}
-    dense = [name for name in file.tensors if name not in parts]
+    parts = {part for layer in stored.values() for part in layer.parts}
+    dense = {name: info for name, info in file.tensors.items() if name not in parts}
     weights = packed = 0
-    for name in sorted(quantized + dense, key=_natural):
+    for name in sorted([*stored, *dense], key=_natural):
         if name in dense:
-            info = file.tensors[name]
+            info = dense[name]
             table.add_row(name, Text(info.dtype, style="dim"), _shape(info.shape), "", size(info.nbytes), "")
             continue
-        row, n, nbytes = _quantized_row(file, name, args)
+        layer = stored[name]
+        n, nbytes = prod(layer.shape), sum(file.tensors[part].nbytes for part in layer.parts)
         weights, packed = weights + n, packed + nbytes
-        table.add_row(*row)
+        bits = f"{8 * nbytes / n:.2f}" if n else ""
+        table.add_row(name, _scheme(layer.spec), _shape(layer.shape), bits, size(nbytes), _scale_range(file, layer))
     console.print(table)
     console.print()
-    if quantized:
+    if weights:
         console.print(
-            f"{len(quantized)} quantized weights: {count(weights)} weights in {size(packed)}, "
+            f"{len(stored)} quantized weights: {count(weights)} weights in {size(packed)}, "
             f"{8 * packed / weights:.2f} bits each",
             highlight=False,
         )
-    dense_bytes = sum(file.tensors[name].nbytes for name in dense)
-    console.print(f"{len(dense)} other tensors: {size(dense_bytes)}", highlight=False)
+    console.print(f"{len(dense)} other tensors: {size(sum(info.nbytes for info in dense.values()))}", highlight=False)
+    if misfit:
+        console.print(f"What looks quantized is shown as it lies: {misfit}", highlight=False, markup=False)
     for key, value in file.metadata.items():
         console.print(f"metadata {key}: {value}", highlight=False, markup=False, soft_wrap=True)
 
@@ -254,32 +258,32 @@ def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def _quantized_row(file: Source, name: str, args: dict[str, Any] | None) -> tuple[list[str], int, int]:
-    base = name.removesuffix("weight")
-    nbytes = sum(file.tensors[base + suffix].nbytes for suffix in compressed.SUFFIXES if base + suffix in file.tensors)
-    info = file.tensors.get(f"{base}weight_shape")
-    shape = []
-    if info is not None and info.dtype == "I64":
-        shape = np.frombuffer(file.load(f"{base}weight_shape").data, "<i8").tolist()
-    if name in file.tensors:
-        shape = list(file.tensors[name].shape)
-    n = int(np.prod(shape)) if shape else 0
-    cells = [name, _scheme(args), _shape(shape), f"{8 * nbytes / n:.2f}" if n else "", size(nbytes)]
-    return [*cells, _scale_range(file, f"{base}weight_scale")], n, nbytes
+def _scheme(spec: LayerSpec) -> str:
+    """The scheme, what a scale covers, and how codes lie about zero where there are two ways."""
+    words = [spec.scheme.name]
+    if spec.group_size:
+        words.append(f"g{spec.group_size}")
+    elif len(spec.scheme.granularities) > 1:
+        words.append(spec.granularity)
+    if spec.scheme.asymmetric:
+        words.append("sym" if spec.symmetric else "asym")
+    return " ".join(words)
 
 
-def _scheme(args: dict[str, Any] | None) -> str:
-    if args is None:
-        return "packed"
-    covers = f"g{args['group_size']}" if args.get("group_size") else str(args.get("strategy", ""))
-    sign = "sym" if args.get("symmetric", True) else "asym"
-    return f"{args.get('type', 'int')}{args.get('num_bits', '?')} {covers} {sign}"
-
-
-def _scale_range(file: Source, name: str) -> str:
-    info = file.tensors.get(name)
-    if info is None or info.dtype not in FLOATS or not info.nbytes:
+def _scale_range(file: Source, layer: StoredLayer) -> str:
+    """The range of the scales that stand beside the weights, in the steps of their own dtype."""
+    name = next((part for part in layer.parts if part.endswith(("_scale", ".absmax"))), None)
+    info = file.tensors.get(name or "")
+    if name is None or info is None or not info.nbytes:
         return ""
-    layer = file[name]
-    scales = widen(layer.data, layer.dtype)
+    raw = file.load(name)
+    if info.dtype in FLOATS:
+        values = raw.layer()
+        scales = widen(values.data, values.dtype)
+    elif info.dtype == compressed.FLOAT8:
+        scales = float8.decode(np.frombuffer(raw.data, np.uint8), float8.FORMATS["fp8_e4m3"])
+    elif layer.spec.scheme.fixed_scales == "e8m0":
+        scales = np.ldexp(np.float32(1), np.frombuffer(raw.data, np.uint8).astype(np.int32) - 127)
+    else:
+        return ""  # of nested scales the bytes say nothing by themselves
     return f"{scales.min():.2g} .. {scales.max():.2g} {info.dtype}"

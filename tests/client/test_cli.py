@@ -101,6 +101,32 @@ def test_inspect_shows_every_tensor_in_its_order(run: Run, model: Path, tmp_path
     assert any(line.startswith("3 quantized weights: 73.7 k weights") for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "cells"),
+    [
+        ("nvfp4", ("nvfp4 g16", "4.50", "F8_E4M3")),
+        ("mxfp4", ("mxfp4 g32", "4.25", "U8")),
+        ("mxfp8", ("mxfp8 g32", "8.25", "U8")),
+        ("fp8_e4m3", ("fp8_e4m3 channel", "8.12", "F32")),
+        ("nf4", ("nf4 g64", "F32")),
+    ],
+)
+def test_inspect_knows_every_layout(run: Run, model: Path, tmp_path: Path, scheme: str, cells: tuple[str, ...]) -> None:
+    run("quantize", model, "-o", tmp_path / "out.safetensors", "--scheme", scheme)
+    lines = run("inspect", tmp_path / "out.safetensors")[0].splitlines()
+    packed = next(line for line in lines if line.startswith("layers.2.up.weight"))
+    for cell in ("96x256", " .. ", *cells):
+        assert cell in packed, packed
+    assert any(line.startswith("3 quantized weights: 73.7 k weights") for line in lines)
+
+
+def test_inspect_shows_what_does_not_fit(run: Run, tmp_path: Path) -> None:
+    official.save_file({"x.weight_packed": np.zeros((4, 4), np.int32)}, tmp_path / "odd.safetensors")
+    shown, _ = run("inspect", tmp_path / "odd.safetensors")
+    assert "x.weight_packed  I32" in shown
+    assert '"x.weight_shape" of odd.safetensors is missing' in shown
+
+
 def test_inspect_reads_files_of_others(run: Run, model: Path) -> None:
     shown, _ = run("inspect", model)
     assert "5 other tensors" in shown

@@ -105,6 +105,20 @@ def test_dequantize_writes_a_plain_model(model: Path, tmp_path: Path, dtype: str
     np.testing.assert_array_equal(stored["layers.0.up.weight"], values.astype(stored["layers.0.up.weight"].dtype))
 
 
+@pytest.mark.parametrize("scheme", ["int4", "nvfp4", "nf4"])
+def test_verify_says_what_the_weights_written_out_say(model: Path, tmp_path: Path, scheme: str) -> None:
+    flightquant_("quantize", model, "-o", tmp_path / "q", "--scheme", scheme)
+    flightquant_("dequantize", tmp_path / "q", "-o", tmp_path / "plain")
+    packed, plain = (
+        json.loads(flightquant_("verify", model, tmp_path / twin, "--json")[0])["layers"] for twin in ("q", "plain")
+    )
+    assert [row["layer"] for row in packed] == [row["layer"] for row in plain]
+    for mine, other in zip(packed, plain, strict=True):
+        assert (mine["problem"], mine["max_abs_error"]) == ("", other["max_abs_error"])
+        assert mine["sqnr_db"] == pytest.approx(other["sqnr_db"], abs=1e-4)
+        assert mine["cosine"] == pytest.approx(other["cosine"], abs=1e-6)
+
+
 def test_verify_passes_and_fails(model: Path, tmp_path: Path) -> None:
     flightquant_("quantize", model, "-o", tmp_path / "q", "--scheme", "int8", "--keep", "layers.2.*")
     out, _ = flightquant_("verify", model, tmp_path / "q", "--min-sqnr", "30", "--min-cosine", "0.999")
