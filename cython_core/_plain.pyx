@@ -91,6 +91,10 @@ cdef class Constants:
             self._array.release(&self._array)
 
 
+cdef object integers(shape):
+    return np.zeros(shape, np.int64)
+
+
 cdef class Room:
     """What the batches of so many rows of one call need for a while, one after the other."""
 
@@ -101,16 +105,15 @@ cdef class Room:
     cdef float[:, ::1] found
 
     def __cinit__(self, spec, Py_ssize_t count, Constants constants):
-        starts, lengths, bytes_out = (np.zeros(count, np.int64) for _ in range(3))
-        matrix, offsets = np.zeros((count, 2), np.int64), np.zeros((3, count + 1), np.int64)
-        zeros = np.zeros(count, np.int64)
-        self.jobs = np.empty((count, JOB_WIDTH), np.int64)
+        starts, lengths, bytes_out = integers(count), integers(count), integers(count)
+        matrix, offsets, zeros = integers((count, 2)), integers((3, count + 1)), integers(count)
+        self.jobs = integers((count, JOB_WIDTH))
         self.arguments = (
-            spec, zeros, starts, lengths, zeros, matrix, np.zeros(count, np.uint8), self.jobs,
-            np.empty(count, np.int64), offsets, bytes_out,
+            spec, zeros, starts, lengths, zeros, matrix, np.zeros(count, np.uint8), self.jobs, integers(count), offsets,
+            bytes_out,
         )
         self.amax = np.full(count, np.nan, np.float32)
-        self.first_bad, self.unheld, self.nanoseconds = (np.empty(count, np.int64) for _ in range(3))
+        self.first_bad, self.unheld, self.nanoseconds = integers(count), integers(count), integers(count)
         self.quality = np.empty((3, count), np.float32)
         self.constants = constants
         self.starts, self.lengths, self.bytes_out, self.spent = starts, lengths, bytes_out, self.nanoseconds

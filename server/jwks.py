@@ -58,6 +58,13 @@ class JwtRules:
     token_file: Path | None = None
 
 
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Follows no answer that sends elsewhere: this pod's token would go there, perhaps without TLS."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """The answer stays an error."""
+
+
 class Keys:
     """A key set, read again when its file changes, its time is over, or a token names a key that is not in it."""
 
@@ -92,7 +99,8 @@ class Keys:
         if self._rules.token_file is not None:
             request.add_header("Authorization", f"Bearer {self._rules.token_file.read_text().strip()}")
         context = ssl.create_default_context(cafile=self._rules.ca_file)
-        with urllib.request.urlopen(request, timeout=FETCH_TIMEOUT_S, context=context) as answer:  # noqa: S310
+        opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=context), _Stay)
+        with opener.open(request, timeout=FETCH_TIMEOUT_S) as answer:
             raw: bytes = answer.read(MAX_JWKS_BYTES)
         return raw
 

@@ -73,6 +73,12 @@ def test_every_selector_meets_the_pods(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
+def test_all_objects_are_in_one_namespace(overlay: str) -> None:
+    named = {item["metadata"]["name"] for item in of_kind(overlay, "Namespace")} or {None}
+    assert {item["metadata"].get("namespace") for item in built(overlay) if item["kind"] != "Namespace"} == named
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_a_pod_outlives_its_drain_and_gives_nothing_away(overlay: str) -> None:
     spec = pod(overlay)["spec"]
     (container,) = spec["containers"]
@@ -136,9 +142,23 @@ def test_both_autoscalers_hold_the_same() -> None:
     assert int(triggers["cpu"]["value"]) == cpu["resource"]["target"]["averageUtilization"]
     mebibytes = held["pods"]["target"]["averageValue"].removesuffix("Mi")
     assert int(triggers["prometheus"]["threshold"]) == int(mebibytes) << 20
-    assert held["pods"]["metric"]["name"] in triggers["prometheus"]["query"]
+    asked = f'{held["pods"]["metric"]["name"]}{{namespace="{keda["metadata"]["namespace"]}"}}'
+    assert asked in triggers["prometheus"]["query"]
     rules = yaml.safe_load((ROOT / "deploy/components/autoscaling/adapter-rules.yaml").read_text())["rules"]["custom"]
     assert held["pods"]["metric"]["name"] in [rule["name"]["as"] for rule in rules]
+
+
+def test_the_certificate_names_both_services() -> None:
+    (certificate,) = of_kind("prod-tls", "Certificate")
+    (config,) = of_kind("prod-tls", "ConfigMap")
+    services = {
+        f"{item['metadata']['name']}.{item['metadata']['namespace']}" for item in of_kind("prod-tls", "Service")
+    }
+    names = set(certificate["spec"]["dnsNames"])
+    assert {f"{service}.svc{domain}" for service in services for domain in ("", ".cluster.local")} <= names
+    (volume,) = [item for item in pod("prod-tls")["spec"]["volumes"] if item["name"] == "tls"]
+    assert volume["secret"]["secretName"] == certificate["spec"]["secretName"]
+    assert config["data"]["FLIGHTQUANT_SERVE_LOCATION"].startswith("grpc+tls://")
 
 
 FOREIGN = {
