@@ -1,6 +1,6 @@
 /* Vectors of 16 lanes on every instruction set, so that all of them add in the same order.
  *
- * Each simd_*.h defines a part (one register of FQ_PART lanes) and its operations; here 16 / FQ_PART of them make a
+ * Each simd_*.h defines a part (one register of FQ_PART_LANES lanes) and its operations; here FQ_PARTS of them make a
  * vector: vf of float32, vi of int32. Loads and stores take any address.
  */
 #ifndef FQ_SIMD_H
@@ -31,7 +31,7 @@
 #error "no vector operations for this target: x86-64-v2, AVX2, AVX-512 or NEON are needed"
 #endif
 
-enum { FQ_PARTS = FQ_LANES / FQ_PART };
+enum { FQ_PART = FQ_PART_LANES, FQ_PARTS = FQ_LANES / FQ_PART };
 
 typedef struct {
   pf p[FQ_PARTS];
@@ -65,9 +65,9 @@ FQ_MAP2(vi_sub, vi, pi_sub)
 FQ_MAP2(vi_and, vi, pi_and)
 FQ_MAP2(vi_or, vi, pi_or)
 FQ_MAP2(vi_xor, vi, pi_xor)
-FQ_MAP2(vi_max, vi, pi_max)                     /* signed */
-FQ_MAP2(vi_min, vi, pi_min)                     /* signed */
-FQ_MAP2(vf_max_magnitude, vf, pf_max_magnitude) /* the second operand is a magnitude already */
+FQ_MAP2(vi_max, vi, pi_max) /* signed */
+FQ_MAP2(vi_max_unsigned, vi, pi_max_unsigned)
+FQ_MAP2(vi_min, vi, pi_min) /* signed */
 FQ_MAP1(vf_sqrt, vf, vf, pf_sqrt)
 FQ_MAP1(vf_bits, vi, vf, pf_bits)
 FQ_MAP1(vi_float, vf, vi, pi_float)     /* the float32 with these bits */

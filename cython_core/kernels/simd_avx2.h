@@ -1,7 +1,7 @@
 /* AVX2, FMA and F16C: two registers make a vector. */
 #include <immintrin.h>
 
-enum { FQ_PART = 8 };
+#define FQ_PART_LANES 8
 #define FQ_HAS_FMA 1
 
 typedef __m256 pf;
@@ -30,6 +30,7 @@ typedef __m256i pi;
 #define pi_and _mm256_and_si256
 #define pi_or _mm256_or_si256
 #define pi_max _mm256_max_epi32
+#define pi_max_unsigned _mm256_max_epu32
 #define pi_min _mm256_min_epi32
 #define pi_upper_half(a) _mm256_srli_epi32(a, 16)
 #define pi_shift_right(a, n) _mm256_srai_epi32(a, n) /* copies of the sign come in from the left */
@@ -42,20 +43,20 @@ FQ_INLINE int32_t pi_highest(pi a) {
   return _mm_cvtsi128_si32(_mm_max_epi32(r, _mm_shuffle_epi32(r, 0xb1)));
 }
 #define pi_xor _mm256_xor_si256
-/* The larger magnitude of each lane; a NaN may be passed over. */
-#define pf_max_magnitude(a, b) _mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a), b)
 
-/* Lane i of the result is the highest lane of a[i]. Each step halves the registers: the lanes that stay where they are
- * against those that come from the neighbour. */
-FQ_INLINE pi pi_highest_each(const pi *a) {
-  pi r[4];
-  for (int i = 0; i < 4; i++)
-    r[i] = _mm256_max_epi32(_mm256_blend_epi32(a[2 * i], a[2 * i + 1], 0xaa),
-                            _mm256_shuffle_epi32(_mm256_blend_epi32(a[2 * i], a[2 * i + 1], 0x55), 0xb1));
-  for (int i = 0; i < 2; i++)
-    r[i] = _mm256_max_epi32(_mm256_blend_epi32(r[2 * i], r[2 * i + 1], 0xcc),
-                            _mm256_shuffle_epi32(_mm256_blend_epi32(r[2 * i], r[2 * i + 1], 0x33), 0x4e));
-  return _mm256_max_epi32(_mm256_blend_epi32(r[0], r[1], 0xf0), _mm256_permute2x128_si256(r[0], r[1], 0x21));
+/* Of parts a and b, groups of so many lanes: every second one of each, those of b beside those of a, and the others
+ * likewise in the same places. */
+FQ_INLINE void pi_neighbours_1(pi a, pi b, pi *stay, pi *come) {
+  *stay = _mm256_blend_epi32(a, b, 0xaa);
+  *come = _mm256_shuffle_epi32(_mm256_blend_epi32(a, b, 0x55), 0xb1);
+}
+FQ_INLINE void pi_neighbours_2(pi a, pi b, pi *stay, pi *come) {
+  *stay = _mm256_blend_epi32(a, b, 0xcc);
+  *come = _mm256_shuffle_epi32(_mm256_blend_epi32(a, b, 0x33), 0x4e);
+}
+FQ_INLINE void pi_neighbours_4(pi a, pi b, pi *stay, pi *come) {
+  *stay = _mm256_blend_epi32(a, b, 0xf0);
+  *come = _mm256_permute2x128_si256(a, b, 0x21);
 }
 
 FQ_INLINE pf pf_load_f16(const char *a) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)a)); }

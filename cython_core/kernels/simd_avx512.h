@@ -1,7 +1,7 @@
 /* AVX-512 F, BW, VL and DQ, with F16C: one register is a whole vector. */
 #include <immintrin.h>
 
-enum { FQ_PART = 16 };
+#define FQ_PART_LANES 16
 #define FQ_HAS_FMA 1
 
 typedef __m512 pf;
@@ -30,6 +30,7 @@ typedef __m512i pi;
 #define pi_and _mm512_and_si512
 #define pi_or _mm512_or_si512
 #define pi_max _mm512_max_epi32
+#define pi_max_unsigned _mm512_max_epu32
 #define pi_min _mm512_min_epi32
 #define pi_upper_half(a) _mm512_srli_epi32(a, 16)
 #define pi_shift_right(a, n) _mm512_srai_epi32(a, n) /* copies of the sign come in from the left */
@@ -38,26 +39,18 @@ typedef __m512i pi;
 #define pi_highest _mm512_reduce_max_epi32
 #define pi_xor _mm512_xor_si512
 
-/* The larger magnitude of each lane; a NaN may be passed over. */
-#define pf_max_magnitude(a, b) _mm512_range_ps(a, b, 0x0b)
-
-/* Lane i of the result is the highest lane of a[i]. Each step halves the registers: the lanes that stay where they are
- * against those that come from the neighbour. */
-FQ_INLINE pi pi_highest_each(const pi *a) {
-  const pi by_1 = _mm512_setr_epi32(1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30);
-  const pi by_2 = _mm512_setr_epi32(2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29);
-  const pi by_4 = _mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
-  pi r[8];
-#define FQ_HALVE(count, mask, by, from)                                                                                \
-  for (int i = 0; i < count; i++)                                                                                      \
-    r[i] = _mm512_max_epi32(_mm512_mask_blend_epi32(mask, from[2 * i], from[2 * i + 1]),                               \
-                            _mm512_permutex2var_epi32(from[2 * i], by, from[2 * i + 1]));
-  FQ_HALVE(8, 0xaaaa, by_1, a)
-  FQ_HALVE(4, 0xcccc, by_2, r)
-  FQ_HALVE(2, 0xf0f0, by_4, r)
-#undef FQ_HALVE
-  return _mm512_max_epi32(_mm512_mask_blend_epi32(0xff00, r[0], r[1]), _mm512_shuffle_i64x2(r[0], r[1], 0x4e));
-}
+/* Of parts a and b, groups of so many lanes: every second one of each, those of b beside those of a, and the others
+ * likewise in the same places. */
+#define FQ_NEIGHBOURS(apart, mask, ...)                                                                                \
+  FQ_INLINE void pi_neighbours_##apart(pi a, pi b, pi *stay, pi *come) {                                               \
+    *stay = _mm512_mask_blend_epi32(mask, a, b);                                                                       \
+    *come = _mm512_permutex2var_epi32(a, _mm512_setr_epi32(__VA_ARGS__), b);                                           \
+  }
+FQ_NEIGHBOURS(1, 0xaaaa, 1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30)
+FQ_NEIGHBOURS(2, 0xcccc, 2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29)
+FQ_NEIGHBOURS(4, 0xf0f0, 4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27)
+FQ_NEIGHBOURS(8, 0xff00, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)
+#undef FQ_NEIGHBOURS
 
 FQ_INLINE pf pf_load_f16(const char *a) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)a)); }
 FQ_INLINE pf pf_load_bf16(const char *a) {

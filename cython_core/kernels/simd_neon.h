@@ -1,7 +1,7 @@
 /* NEON on arm64: four registers make a vector. */
 #include <arm_neon.h>
 
-enum { FQ_PART = 4 };
+#define FQ_PART_LANES 4
 #define FQ_HAS_FMA 1
 
 typedef float32x4_t pf;
@@ -30,17 +30,24 @@ typedef int32x4_t pi;
 #define pi_and vandq_s32
 #define pi_or vorrq_s32
 #define pi_max vmaxq_s32
+#define pi_max_unsigned(a, b) vreinterpretq_s32_u32(vmaxq_u32(vreinterpretq_u32_s32(a), vreinterpretq_u32_s32(b)))
 #define pi_min vminq_s32
 #define pi_upper_half(a) vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a), 16))
 #define pi_shift_right vshrq_n_s32 /* copies of the sign come in from the left */
 #define pi_shift_left vshlq_n_s32
 #define pi_highest vmaxvq_s32
 #define pi_xor veorq_s32
-/* The larger magnitude of each lane; a NaN may be passed over. */
-#define pf_max_magnitude(a, b) vmaxq_f32(vabsq_f32(a), b)
 
-/* Lane i of the result is the highest lane of a[i]. */
-FQ_INLINE pi pi_highest_each(const pi *a) { return vpmaxq_s32(vpmaxq_s32(a[0], a[1]), vpmaxq_s32(a[2], a[3])); }
+/* Of parts a and b, groups of so many lanes: every second one of each, those of b beside those of a, and the others
+ * likewise in the same places. */
+FQ_INLINE void pi_neighbours_1(pi a, pi b, pi *stay, pi *come) {
+  *stay = vtrn1q_s32(a, b);
+  *come = vtrn2q_s32(a, b);
+}
+FQ_INLINE void pi_neighbours_2(pi a, pi b, pi *stay, pi *come) {
+  *stay = vreinterpretq_s32_s64(vtrn1q_s64(vreinterpretq_s64_s32(a), vreinterpretq_s64_s32(b)));
+  *come = vreinterpretq_s32_s64(vtrn2q_s64(vreinterpretq_s64_s32(a), vreinterpretq_s64_s32(b)));
+}
 
 FQ_INLINE pf pf_load_f16(const char *a) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t *)a))); }
 FQ_INLINE pf pf_load_bf16(const char *a) {

@@ -1,7 +1,7 @@
 /* x86-64-v2 (up to SSE4.2): four registers make a vector; no fused multiply-add, no conversion of float16. */
 #include <immintrin.h>
 
-enum { FQ_PART = 4 };
+#define FQ_PART_LANES 4
 
 typedef __m128 pf;
 typedef __m128i pi;
@@ -27,6 +27,7 @@ typedef __m128i pi;
 #define pi_and _mm_and_si128
 #define pi_or _mm_or_si128
 #define pi_max _mm_max_epi32
+#define pi_max_unsigned _mm_max_epu32
 #define pi_min _mm_min_epi32
 #define pi_upper_half(a) _mm_srli_epi32(a, 16)
 #define pi_shift_right(a, n) _mm_srai_epi32(a, n) /* copies of the sign come in from the left */
@@ -37,8 +38,6 @@ FQ_INLINE int32_t pi_highest(pi a) {
   return _mm_cvtsi128_si32(_mm_max_epi32(a, _mm_shuffle_epi32(a, 0xb1)));
 }
 #define pi_xor _mm_xor_si128
-/* The larger magnitude of each lane; a NaN may be passed over. */
-#define pf_max_magnitude(a, b) _mm_max_ps(_mm_andnot_ps(_mm_set1_ps(-0.0f), a), b)
 
 FQ_INLINE pi pi_load_i8(const int8_t *a) {
   int32_t four;
@@ -46,13 +45,15 @@ FQ_INLINE pi pi_load_i8(const int8_t *a) {
   return _mm_cvtepi8_epi32(_mm_cvtsi32_si128(four));
 }
 
-/* Lane i of the result is the highest lane of a[i]. */
-FQ_INLINE pi pi_highest_each(const pi *a) {
-  pi r[2];
-  for (int i = 0; i < 2; i++)
-    r[i] = _mm_max_epi32(_mm_blend_epi16(a[2 * i], a[2 * i + 1], 0xcc),
-                         _mm_shuffle_epi32(_mm_blend_epi16(a[2 * i], a[2 * i + 1], 0x33), 0xb1));
-  return _mm_max_epi32(_mm_blend_epi16(r[0], r[1], 0xf0), _mm_shuffle_epi32(_mm_blend_epi16(r[0], r[1], 0x0f), 0x4e));
+/* Of parts a and b, groups of so many lanes: every second one of each, those of b beside those of a, and the others
+ * likewise in the same places. */
+FQ_INLINE void pi_neighbours_1(pi a, pi b, pi *stay, pi *come) {
+  *stay = _mm_blend_epi16(a, b, 0xcc);
+  *come = _mm_shuffle_epi32(_mm_blend_epi16(a, b, 0x33), 0xb1);
+}
+FQ_INLINE void pi_neighbours_2(pi a, pi b, pi *stay, pi *come) {
+  *stay = _mm_unpacklo_epi64(a, b);
+  *come = _mm_unpackhi_epi64(a, b);
 }
 
 /* The exponent is moved by a multiplication with 2^112, which is exact and also makes denormals right. */

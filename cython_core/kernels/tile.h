@@ -97,51 +97,128 @@ FQ_INLINE const float *load_span(const fq_job *job, int64_t begin, int64_t n, fl
   }
 }
 
-/* The range of n weights (a multiple of 16), a part's lanes each for themselves. Integers order like the magnitudes
- * whose bits they are, infinity and NaN on top, and what has the other sign is negative and falls below the 0. */
-FQ_INLINE void range_lanes(fetcher *next, const float *x, int64_t n, int symmetric, pi *high, pi *low) {
-  const vi mask = vi_set(INT32_MAX), sign = vi_set(INT32_MIN);
-  vi highs = vi_set(0), lows = highs, more_highs = highs, more_lows = highs;
+/* What is known of some weights while their range is sought, a part's lanes each for themselves. Integers order like
+ * the magnitudes whose bits they are, infinity and NaN on top: the highest of them is the largest weight, or magnitude
+ * if symmetric, unless it is negative; the highest unsigned one is the least weight if it has the sign bit. */
+typedef struct {
+  pi high, low;
+} range_part;
+
+FQ_INLINE range_part range_bits(fetcher *next, const float *x, int64_t n, int symmetric) {
+  const vi mask = vi_set(symmetric ? INT32_MAX : -1);
+  vi high[2], low[2];
   int64_t i = 0;
+  if (n == 2 * FQ_LANES) { /* so short that it is worth saving what the loop begins with */
+    if (next)
+      fetch_vectors(next, 1);
+    for (int k = 0; k < 2; k++)
+      high[k] = low[k] = vi_and(vf_bits(vf_load(x + k * FQ_LANES)), mask);
+    i = n;
+  } else {
+    high[0] = high[1] = low[0] = low[1] = vi_set(0);
+  }
   for (; i + 2 * FQ_LANES <= n; i += 2 * FQ_LANES) {
     if (next && i % (4 * FQ_LANES) == 0)
       fetch_vectors(next, 1);
-    const vi bits = vf_bits(vf_load(x + i)), more = vf_bits(vf_load(x + i + FQ_LANES));
-    highs = vi_max(highs, symmetric ? vi_and(bits, mask) : bits);
-    more_highs = vi_max(more_highs, symmetric ? vi_and(more, mask) : more);
-    if (!symmetric) {
-      lows = vi_max(lows, vi_xor(bits, sign));
-      more_lows = vi_max(more_lows, vi_xor(more, sign));
+    for (int k = 0; k < 2; k++) {
+      const vi bits = vi_and(vf_bits(vf_load(x + i + k * FQ_LANES)), mask);
+      high[k] = vi_max(high[k], bits);
+      low[k] = vi_max_unsigned(low[k], bits);
     }
   }
   if (i < n) {
-    const vi bits = vf_bits(vf_load(x + i));
-    highs = vi_max(highs, symmetric ? vi_and(bits, mask) : bits);
-    if (!symmetric)
-      lows = vi_max(lows, vi_xor(bits, sign));
+    const vi bits = vi_and(vf_bits(vf_load(x + i)), mask);
+    high[0] = vi_max(high[0], bits);
+    low[0] = vi_max_unsigned(low[0], bits);
   }
-  *high = vi_fold(vi_max(highs, more_highs));
-  *low = vi_fold(vi_max(lows, more_lows));
+  range_part r = {vi_fold(vi_max(high[0], high[1])), pi_set(0)};
+  if (!symmetric) {
+    low[0] = vi_max_unsigned(low[0], low[1]);
+    r.low = low[0].p[0];
+    for (int k = 1; k < FQ_PARTS; k++)
+      r.low = pi_max_unsigned(r.low, low[0].p[k]);
+  }
+  return r;
 }
+
+/* The largest weight, or magnitude, and the magnitude of the least, as far as they lie beyond 0. */
+FQ_INLINE range_part beyond_zero(range_part r) {
+  r.high = pi_max(r.high, pi_set(0));
+  r.low = pi_and(pi_and(r.low, pi_shift_right(r.low, 31)), pi_set(INT32_MAX));
+  return r;
+}
+
+/* The range of n weights (a multiple of 16), a part's lanes each for themselves. */
+FQ_INLINE void range_lanes(fetcher *next, const float *x, int64_t n, int symmetric, pi *high, pi *low) {
+  const range_part r = beyond_zero(range_bits(next, x, n, symmetric));
+  *high = r.high;
+  *low = r.low;
+}
+
+/* Units of so many weights, one after the other; those past the last one stand for it. */
+typedef struct {
+  fetcher *next;
+  const float *x;
+  int64_t unit, units;
+  int symmetric;
+  const pi *high, *low; /* the parts of each unit, if they are known already */
+} range_source;
+
+FQ_INLINE range_part range_1(const range_source *s, int i) {
+  if (s->high)
+    return (range_part){s->high[i], s->symmetric ? pi_set(0) : s->low[i]};
+  const int64_t unit = i < s->units ? i : s->units - 1;
+  return range_bits(s->next, s->x + unit * s->unit, s->unit, s->symmetric);
+}
+
+/* Two parts of which every second so many lanes belong to the same units become one, without going through memory. */
+#define FQ_MERGE(count, half)                                                                                          \
+  FQ_INLINE range_part range_##count(const range_source *s, int i) {                                                   \
+    const range_part a = range_##half(s, i), b = range_##half(s, i + half);                                            \
+    pi stay, come;                                                                                                     \
+    range_part r;                                                                                                      \
+    pi_neighbours_##half(a.high, b.high, &stay, &come);                                                                \
+    r.high = pi_max(stay, come);                                                                                       \
+    pi_neighbours_##half(a.low, b.low, &stay, &come);                                                                  \
+    r.low = pi_max_unsigned(stay, come);                                                                               \
+    return r;                                                                                                          \
+  }
+FQ_MERGE(2, 1)
+FQ_MERGE(4, 2)
+#if FQ_PART_LANES >= 8
+FQ_MERGE(8, 4)
+#endif
+#if FQ_PART_LANES >= 16
+FQ_MERGE(16, 8)
+#endif
 
 /* The ranges of units of so many weights, one after the other, at most 16 at a time; the highest of them all. */
 FQ_INLINE int32_t range_units(fetcher *next, const float *x, int64_t unit, int64_t units, int symmetric, int32_t *high,
                               int32_t *low) {
   pi highs[FQ_LANES], lows[FQ_LANES];
-  for (int64_t i = 0; i < FQ_LANES; i++) {
-    highs[i] = lows[i] = pi_set(0);
-    if (i < units)
-      range_lanes(next, x + i * unit, unit, symmetric, highs + i, lows + i);
+  range_source s = {next, x, unit, units, symmetric, NULL, NULL};
+  if (unit == FQ_BLOCK) {
+    s.unit = FQ_BLOCK; /* for the compiler */
+  } else {
+    for (int i = 0; i < FQ_LANES && i < units; i++) {
+      const range_part r = range_1(&s, i);
+      highs[i] = r.high;
+      if (!symmetric)
+        lows[i] = r.low;
+    }
+    for (int64_t i = units; i < FQ_LANES; i++)
+      highs[i] = lows[i] = pi_set(0);
+    s.high = highs;
+    s.low = lows;
   }
   pi all = pi_set(0);
-  for (int k = 0; k < FQ_PARTS; k++) {
-    const pi h = pi_highest_each(highs + k * FQ_PART);
-    memcpy(high + k * FQ_PART, &h, sizeof h);
-    all = pi_max(all, h);
+  for (int k = 0; k < FQ_LANES; k += FQ_PART) {
+    const range_part r = beyond_zero(FQ_CAT(range_, FQ_PART_LANES)(&s, k));
+    memcpy(high + k, &r.high, sizeof r.high);
+    all = pi_max(all, r.high);
     if (!symmetric) {
-      const pi l = pi_highest_each(lows + k * FQ_PART);
-      memcpy(low + k * FQ_PART, &l, sizeof l);
-      all = pi_max(all, l);
+      memcpy(low + k, &r.low, sizeof r.low);
+      all = pi_max(all, r.low);
     }
   }
   return pi_highest(all);
@@ -194,22 +271,34 @@ static __attribute__((noinline)) int32_t measure_wide(const float *x, const floa
   return largest;
 }
 
+/* The root of a square. It is the number itself that was squared, if that has not lost digits to underflow. */
+enum { FQ_WHOLE_SQUARE_BITS = 0x00800000 };
+FQ_INLINE int32_t root_bits(int32_t bits) {
+  const vf root = vf_sqrt(vi_float(vi_set(bits)));
+  return vi_highest(vf_bits(root));
+}
+
 /* Add the quality sums of one span: n weights x (a multiple of 16, zeros at the end) and their dequantized y. */
 FQ_INLINE void measure(const float *x, const float *y, int64_t n, fetcher *next, fq_result *result) {
-  vf x2 = vf_set(0), e2 = x2, xe = x2, largest = x2;
+  vf x2 = vf_set(0), e2 = x2, xe = x2;
+  vi largest = vi_set(0); /* of the squares: the root of a rounded square is the number itself */
   for (int64_t i = 0; i < n; i += FQ_LANES) {
     if (i % (4 * FQ_LANES) == 0)
       fetch_vectors(next, 1);
-    const vf v = vf_load(x + i), e = vf_sub(vf_load(y + i), v);
+    const vf v = vf_load(x + i), e = vf_sub(vf_load(y + i), v), square = vf_mul(e, e);
     x2 = vf_add(x2, vf_mul(v, v));
-    e2 = vf_add(e2, vf_mul(e, e));
+    e2 = vf_add(e2, square);
     xe = vf_add(xe, vf_mul(v, e));
-    largest = vf_max_magnitude(e, largest);
+    largest = vi_max(largest, vf_bits(square));
   }
-  double sums[3] = {add_lanes(x2), add_lanes(e2), add_lanes(xe)};
-  int32_t bits = vi_highest(vf_bits(largest)), known;
+  double sums[3] = {add_lanes(x2), add_lanes(e2), add_lanes(xe)}, unused[3];
+  int32_t bits = vi_highest(largest), known;
   if (!(sums[0] > 0x1p-80 && sums[0] < 0x1p100 && sums[1] < 0x1p100))
     bits = measure_wide(x, y, n, sums);
+  else if (bits < FQ_WHOLE_SQUARE_BITS)
+    bits = measure_wide(x, y, n, unused);
+  else
+    bits = root_bits(bits);
   result->sum_x2 += sums[0];
   result->sum_e2 += sums[1];
   result->sum_xe += sums[2];

@@ -587,6 +587,15 @@ def test_an_empty_layer_has_an_answer_of_no_bytes(any_engine: Engine, shape: lis
         check_neighbours(answers, 1, command)
 
 
+@pytest.mark.parametrize("error", [1.3e-20, 1.3e-22, 1.3e-30, 1e-44])
+def test_the_largest_error_is_told_even_where_its_square_is_nothing(error: float, any_engine: Engine) -> None:
+    weights = np.zeros((3, 4096), np.float32)
+    weights[:, ::32] = -0.5
+    weights[1, 77] = error
+    answers = quantize(any_engine, request({"w": weights}), Command.build(scheme="q4_0"))
+    same_bits(np.float32(answers.column("max_abs_error")[0].as_py()), np.float32(error), "max_abs_error")
+
+
 def test_a_sum_of_errors_is_what_the_quality_columns_say(any_engine: Engine) -> None:
     batch = request({"a": GOOD, "zeros": np.zeros((2, 128), np.float32)})
     answer = any_engine.session(batch.schema, INT4).quantize(batch)
