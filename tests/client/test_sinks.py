@@ -289,7 +289,7 @@ def test_a_killed_command_line_is_gone_on_with(tmp_path: Path) -> None:
     made = np.random.default_rng(1).standard_normal((64, 512), np.float32)
     official.save_file({f"layers.{i}.up.weight": made + i for i in range(300)}, source / "model.safetensors")
     (source / "config.json").write_text("{}")
-    command = [sys.executable, "-m", "flightquant.client.cli", "quantize", str(source), "--threads", "1", "-o"]
+    command = [sys.executable, "-m", "flightquant.client.cli", "quantize", str(source), "--threads", "2", "-o"]
     started = time.monotonic()
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True, timeout=120)
     seconds = time.monotonic() - started
