@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import os
 import time
+import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from flightquant.client.recipes import Plan, Recipe, make_plan
 from flightquant.client.sinks import LayerResult, open_sink, target_of
-from flightquant.client.sources import Source
+from flightquant.client.sources import Source, open_source, place
+from flightquant.errors import InvalidRequestError
 from flightquant.layers import Layer
+from flightquant.reference import kquants
+from flightquant.reference.numeric import F32, widen
+from flightquant.schemes import LayerSpec
 from flightquant.spec import Command
 
 MAX_WRITES = 2
@@ -97,6 +104,61 @@ def plan_of(source: Source, output: str | os.PathLike[str], recipe: Recipe) -> P
     return make_plan(source, recipe, target_of(output, recipe))
 
 
+def read_importance(uri: str, plan: Plan) -> dict[str, F32]:
+    """What errors in each column of a plan's layers count, from a file of vectors by layer name.
+
+    Parameters
+    ----------
+    uri : str
+        ``*.npz``, or what :func:`open_source` reads: safetensors, Parquet, Arrow, or the GGUF that llama.cpp's
+        ``llama-imatrix`` writes, whose sums of squares are divided by their counts.
+
+    Raises
+    ------
+    InvalidRequestError
+        The file is none of these, it names no layer of the plan, or no layer's scheme searches.
+    """
+    if not any(_searches(plan.spec(name)) for name in plan.commands):
+        raise InvalidRequestError(
+            "importance has no effect on these schemes; expected q2_k to q6_k, iq4_nl, or calibration mse",
+            field="importance",
+        )
+    given = _vectors(uri)
+    found = {name: given[name] for name in plan.commands if name in given}
+    if not found:
+        raise InvalidRequestError(
+            f"{uri} holds nothing for any layer that is quantized; expected vectors by names such as "
+            f"{next(iter(plan.commands))}",
+            field="importance",
+        )
+    return found
+
+
+def _searches(spec: LayerSpec) -> bool:
+    return spec.calibration == "mse" or spec.scheme.name in kquants.SCHEMES
+
+
+def _vectors(uri: str) -> dict[str, F32]:
+    """Every float vector of a file, by name; the means of an importance matrix of llama.cpp."""
+    if uri.endswith(".npz"):
+        try:
+            with place(uri).open() as file, np.load(io.BytesIO(file.read())) as stored:
+                arrays = {name: np.asarray(stored[name], np.float32) for name in stored.files}
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise InvalidRequestError(f"{uri} is no good npz file: {str(error)[:200]}", field="importance") from None
+        return {name: array.reshape(-1) for name, array in arrays.items()}
+    with open_source(uri) as source:
+        values = {name: widen(layer.data, layer.dtype) for name, layer in source.items()}
+    made = {}
+    for name, array in values.items():
+        counts = values.get(f"{name.removesuffix('.in_sum2')}.counts")
+        if name.endswith(".in_sum2") and counts is not None and counts.size == 1 and counts[0] > 0:
+            made[name.removesuffix(".in_sum2")] = array / counts
+        else:
+            made[name] = array.copy()
+    return made
+
+
 def shared_magnitudes(source: Source, plan: Plan) -> dict[str, float]:
     """The largest magnitude among the layers of each fused group, by the name of each layer.
 
@@ -121,6 +183,7 @@ def convert(
     *,
     resume: bool = False,
     already: Callable[[str], None] | None = None,
+    importance: Mapping[str, F32] | None = None,
 ) -> Conversion:
     """Write the quantized twin of a model; nothing is left at ``output`` unless all of it is.
 
@@ -132,6 +195,8 @@ def convert(
         Go on with what an earlier call that was cut off has written; the output is the same, byte for byte.
     already : callable, optional
         Told the name of each layer that the earlier call had written.
+    importance : mapping, optional
+        What ``quantize`` weighs errors by: work that was begun with other numbers is not gone on with.
 
     Raises
     ------
@@ -143,6 +208,7 @@ def convert(
         The output cannot be written.
     """
     plan = plan_of(source, output, recipe)
+    plan.importance = dict(importance or {})
     started = time.perf_counter()
     with open_sink(output, plan, source, resume=resume) as sink:
         before = set(sink.done)

@@ -13,6 +13,7 @@ from flightquant.client.presets import MIXTURES, PRESETS
 from flightquant.client.sources import Source, TensorMeta
 from flightquant.errors import InvalidRequestError
 from flightquant.reference import fits_groups, matrix_shape
+from flightquant.reference.numeric import F32
 from flightquant.schemes import SCHEMES, LayerSpec
 from flightquant.spec import Command
 
@@ -255,12 +256,15 @@ class Plan:
     kept : dict of str to str
         The tensors that stay as they are, each with the reason.
     recipe : Recipe
+    importance : dict of str to float32 array
+        What errors in each column count, of layers that are given such numbers.
     """
 
     target: str
     recipe: Recipe
     commands: dict[str, Command] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+    importance: dict[str, F32] = field(default_factory=dict)
 
     def groups(self, names: Sequence[str]) -> dict[Command, list[str]]:
         """Layers by their command, each group in order."""

@@ -23,9 +23,11 @@ from flightquant import reference
 from flightquant.cython_core import engine as engine_module
 from flightquant.cython_core._arrow import ListColumn
 from flightquant.cython_core.engine import Engine, Limits
+from flightquant.cython_core.magnitude import AmaxSession
 from flightquant.cython_core.restore import QuantizedSession
 from flightquant.cython_core.validate import CheckedBatch, Request
 from flightquant.errors import FlightquantError, LayerError
+from flightquant.reference.numeric import widen
 from flightquant.server.app import INLINE_TILES
 from flightquant.spec import OVERRIDE_KEYS, Command
 from flightquant.wire import check_request_schema
@@ -42,6 +44,8 @@ QUANTIZED = {
     "verify-large": ("verify", True),
 }
 """Batches of quantized rows: the operation that they are sent to, and whether their offsets have 64 bits."""
+AMAX = {"amax": "float32-list", "amax-bfloat16": "bfloat16-large_list"}
+"""Batches that are asked for magnitudes: their weights."""
 CANARY = b"\xc5\x1a\x9e\xb7\xd3\x8f\xa6\xe1"
 LIMITS = Limits(max_rows=1000, max_layer_bytes=1 << 20, max_batch_bytes=1 << 22)
 INTERESTING = (0, 1, -1, 5, 100, -7, 2**31 - 1, -(2**31), 10**6, 10**9, 2**62, 2**63 - 1, -(2**63), 4, 8, 64)
@@ -205,6 +209,23 @@ def remembered(weights: Any, dtype: str, command: Command, amax: float | None) -
     return _REMEMBERED[key]
 
 
+def check_amax(batch: pa.RecordBatch, answers: pa.RecordBatch, dtype: str) -> int:
+    """Compare the magnitude of every ``ok`` row; the number of such rows."""
+    answers.validate(full=True)
+    assert answers.num_rows == batch.num_rows
+    good = 0
+    for i in range(batch.num_rows):
+        amax = answers.column("amax")[i].as_py()
+        assert (amax is not None) == (answers.column("status")[i].as_py() == "ok")
+        if amax is None:
+            continue
+        weights = decoded(batch, i, dtype)
+        assert weights is not None, "a row with nulls was answered"
+        assert amax == np.abs(widen(weights, dtype)).max(initial=0)
+        good += 1
+    return good
+
+
 def fill_heap(nbytes: int) -> None:
     """Leave the canary in memory that Arrow's pool and NumPy will hand out next."""
     for size in (64, 256, 1024, 4096, nbytes):
@@ -227,8 +248,10 @@ def unchecked(batch: pa.RecordBatch, request: Request, limits: Limits) -> Checke
 
 def run(kind: str, count: int, seed: int) -> dict[str, int]:
     """Try ``count`` mutations; the totals."""
-    op = QUANTIZED[kind][0] if kind in QUANTIZED else "quantize"
-    batch = quantized_batch(kind) if kind in QUANTIZED else valid_batch(kind)
+    op = QUANTIZED[kind][0] if kind in QUANTIZED else "amax" if kind in AMAX else "quantize"
+    batch = quantized_batch(kind) if kind in QUANTIZED else valid_batch(AMAX.get(kind, kind))
+    if op == "amax":
+        batch = batch.drop_columns(["global_amax"])
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
@@ -257,6 +280,8 @@ def run(kind: str, count: int, seed: int) -> dict[str, int]:
             try:
                 if op == "quantize":
                     answer = engine.session(read.schema, command, LIMITS).quantize(read)
+                elif op == "amax":
+                    answer = AmaxSession(engine, read.schema, command, LIMITS).quantize(read)
                 else:
                     answer = QuantizedSession(engine, read.schema, command, LIMITS).answer(read)
             except (FlightquantError, LayerError) as error:
@@ -266,6 +291,8 @@ def run(kind: str, count: int, seed: int) -> dict[str, int]:
             totals["answered"] += 1
             if op == "quantize":
                 ok = check_answer(read, answer.batch, answer.sums, check_request_schema(read.schema), command)
+            elif op == "amax":
+                ok = check_amax(read, answer.batch, check_request_schema(read.schema))
             else:
                 ok = check_restored(read, answer, op)
             totals["rows_ok"] += ok

@@ -20,7 +20,7 @@ from flightquant.client.cli.progress import LayerProgress
 from flightquant.client.cli.report import console, conversion_facts, plan_facts, print_conversion, print_plan
 from flightquant.client.client import LOCAL
 from flightquant.client.connection import Credentials
-from flightquant.client.convert import Conversion, Selection, convert, plan_of
+from flightquant.client.convert import Conversion, Selection, convert, plan_of, read_importance
 from flightquant.client.recipes import OPTION_KEYS, TARGETS, Recipe, available_presets, preset, read_recipe
 from flightquant.client.safetensors import FLOATS
 from flightquant.client.sinks import sizes
@@ -113,6 +113,14 @@ def quantize(
             show_default="absmax",
         ),
     ] = None,
+    importance: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="What errors in each column count, by layer: *.npz, safetensors, or llama.cpp's imatrix.gguf.",
+            show_default=False,
+        ),
+    ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(
@@ -175,7 +183,7 @@ def quantize(
         with QuantClient(
             server or LOCAL, credentials=access, timeout_s=timeout, retry=Retry(connect_s=CONNECT_S), n_threads=threads
         ) as client:
-            result = _convert(source, output, made, client, resume=resume)
+            result = _convert(source, output, made, client, importance, resume=resume)
     if report is not None:
         write_page(report, result, source=model, output=output)
     if as_json:
@@ -211,14 +219,17 @@ def build_recipe(name: str | None, path: Path | None, options: dict[str, Any], k
     return Recipe.parse(keys)
 
 
-def _convert(source: Source, output: str, recipe: Recipe, client: QuantClient, *, resume: bool) -> Conversion:
+def _convert(
+    source: Source, output: str, recipe: Recipe, client: QuantClient, importance: str | None, *, resume: bool
+) -> Conversion:
     plan = plan_of(source, output, recipe)
+    counts = None if importance is None else read_importance(importance, plan)
     with LayerProgress({name: source.tensors[name].nbytes for name in plan.commands}) as progress:
 
         def quantize_all(layers: Selection, command: Command) -> Iterator[pa.RecordBatch]:
-            return client.stream(layers, **command.options(), progress=progress.tell)
+            return client.stream(layers, **command.options(), importance=counts, progress=progress.tell)
 
-        return convert(source, output, recipe, quantize_all, resume=resume, already=progress.tell)
+        return convert(source, output, recipe, quantize_all, resume=resume, already=progress.tell, importance=counts)
 
 
 def _show_plan(source: Source, output: str, recipe: Recipe, *, as_json: bool, local: bool, threads: int | None) -> None:

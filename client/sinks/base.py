@@ -83,6 +83,10 @@ class Sink(ABC):
             "layers": {name: asdict(command) for name, command in self.plan.commands.items()},
             "kept": list(self.plan.kept),
         }
+        if self.plan.importance:
+            facts["importance"] = {
+                name: hashlib.sha256(vector.tobytes()).hexdigest() for name, vector in self.plan.importance.items()
+            }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @contextmanager

@@ -91,6 +91,43 @@ def test_tables_are_read_back(model: Path, tmp_path: Path) -> None:
     assert {row["layer"] for row in told["layers"]} == {f"layers.{i}.up.weight" for i in range(3)}
 
 
+@pytest.mark.parametrize("kind", ["npz", "safetensors", "gguf"])
+def test_importance_comes_from_a_file(model: Path, tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(9)
+    counts = {f"layers.{i}.up.weight": (rng.standard_normal(256) ** 2).astype(np.float32) for i in (0, 2)}
+    path = tmp_path / f"counts.{kind}"
+    if kind == "npz":
+        np.savez(path, **counts)
+    elif kind == "safetensors":
+        official.save_file(counts, path)
+    else:
+        gguf = pytest.importorskip("gguf")
+        writer = gguf.GGUFWriter(path, "imatrix")
+        for name, vector in counts.items():
+            writer.add_tensor(f"{name}.in_sum2", (vector * 4).reshape(1, -1))
+            writer.add_tensor(f"{name}.counts", np.array([[4.0]], np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    flightquant_("quantize", model, "-o", tmp_path / "q.parquet", "--scheme", "iq4_nl", "--importance", path)
+    layers = {name: array for name, array in weights().items() if ".up." in name}
+    wanted = flightquant.quantize(layers, "iq4_nl", importance=counts)
+    assert wanted.column("quantized_data") != flightquant.quantize(layers, "iq4_nl").column("quantized_data")
+    got = pq.read_table(tmp_path / "q.parquet", columns=["layer_name", "quantized_data"]).to_pylist()
+    data = wanted.column("quantized_data").to_pylist()
+    assert got == [{"layer_name": name, "quantized_data": each} for name, each in zip(layers, data, strict=True)]
+
+
+def test_importance_that_does_nothing_is_an_error(model: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", other=np.ones(256))
+    asked = ["quantize", model, "-o", tmp_path / "q.parquet", "--importance", tmp_path / "a.npz", "--scheme"]
+    assert "no effect" in flightquant_(*asked, "int4", code=1)[1]
+    assert "layers.0.up.weight" in flightquant_(*asked, "iq4_nl", code=1)[1]
+    (tmp_path / "a.npz").write_bytes(b"PK")
+    assert "no good npz" in flightquant_(*asked, "iq4_nl", code=1)[1]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dequantize_writes_a_plain_model(model: Path, tmp_path: Path, dtype: str) -> None:
     flightquant_("quantize", model, "-o", tmp_path / "q")

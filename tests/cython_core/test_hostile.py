@@ -55,7 +55,7 @@ def fuzz(kind: str, count: int, seed: int, at: Path, *flags: str) -> subprocess.
 
 
 @pytest.mark.timeout(0 if MUTATIONS else 300)
-@pytest.mark.parametrize("kind", [*fq_fuzz.TYPES, *fq_fuzz.QUANTIZED])
+@pytest.mark.parametrize("kind", [*fq_fuzz.TYPES, *fq_fuzz.QUANTIZED, *fq_fuzz.AMAX])
 def test_mutated_batches_are_refused_or_answered_exactly(kind: str, tmp_path: Path) -> None:
     count = MUTATIONS or 150
     done = fuzz(kind, count, 20261121, tmp_path / "at")
