@@ -23,7 +23,7 @@ help:
 	@echo "make packages  build wheel and sdist, install each and editable in clean environments"
 	@echo "make sanitize  kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make arm64     kernel tests with NEON under emulation; needs a cross compiler, QEMU and debootstrap"
-	@echo "make fuzz      coverage-guided fuzzing of the way from bytes to kernels for SECONDS=300, with atheris"
+	@echo "make fuzz      coverage-guided fuzzing of the way from bytes to kernels for SECONDS=300, with atheris (and clang: kernels too)"
 	@echo "make soak      seeded faults against live servers for MINUTES=60; every answer compared, figures at the end"
 	@echo "make oracles   live comparison with torch, compressed-tensors, gguf and bitsandbytes"
 
@@ -69,9 +69,9 @@ oracles:
 	$(bin)/python -m pytest -m oracle $(PYTEST_ARGS)
 
 fuzz:
-	@$(environment) test
+	@$(environment) dev
 	@$(bin)/python -m pip --disable-pip-version-check install --quiet atheris
-	$(bin)/python tests/fq_atheris.py -max_total_time=$(SECONDS)
+	PATH="$(abspath $(bin)):$$PATH" scripts/fuzz -max_total_time=$(SECONDS)
 
 soak:
 	@$(environment) test

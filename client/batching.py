@@ -205,7 +205,7 @@ def check_message(name: str, nbytes: int) -> None:
     if nbytes > MESSAGE_LIMIT:
         raise TooLargeError(
             f'layer "{name}" has {nbytes} bytes and cannot be sent in parts with this scheme, granularity and shape; '
-            f"expected at most {MESSAGE_LIMIT}",
+            f"expected at most {MESSAGE_LIMIT} (quantize it in-process, or with a scheme that can be cut)",
             field="weights",
             got=nbytes,
             expected=MESSAGE_LIMIT,

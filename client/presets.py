@@ -18,38 +18,59 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Name to recipe."""
 
-_BLOCK = re.compile(r"^blk\.(\d+)\.(attn_v|ffn_down|attn_qkv)(?:_exps)?\.weight$")
+_BLOCK = re.compile(r"^blk\.(\d+)\.(attn_v|attn_k|attn_output|ffn_down|attn_qkv)(?:_exps)?\.weight$")
+_EXPERTS = re.compile(r"^blk\.\d+\.ffn_(?:down|gate|up)_exps\.weight$")
+_EIGHT_EXPERTS = {"attn_v": "q8_0", "attn_k": "q8_0", "attn_output": "q5_k"}
+_SEVENTY_BILLION = {"llama": 80, "qwen2": 80, "deci": 80, "olmo": 80, "jais2": 68}
+"""The blocks by which llama.cpp knows a model of 70 billion weights, whose few value heads many share."""
 _FALLBACK = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 """What llama.cpp takes where 256 does not divide a row: of about the same size, in blocks of 32."""
 
 
-def q4_k_m(columns: Mapping[str, int]) -> dict[str, str]:
-    """The scheme that llama.cpp's ``Q4_K_M`` gives to each tensor of a dense model.
+def q4_k_m(shapes: Mapping[str, tuple[int, ...]], architecture: str) -> dict[str, str]:
+    """The scheme that llama.cpp's ``Q4_K_M`` gives to each tensor of a model that is not Falcon's.
 
     The output matrix, and those of attention values and of the way down in the first and last eighth of the blocks and
-    in every third one between, have ``q6_k``; fused q/k/v matrices ``q5_k``; all others ``q4_k``. The rule is that of
-    llama.cpp's ``llama_tensor_get_type`` (read in the source that llama-cpp-python 0.3.36 carries).
+    in every third one between, have ``q6_k``; fused q/k/v matrices ``q5_k``; all others ``q4_k``. With eight experts
+    attention keys and values have ``q8_0`` and its output ``q5_k``; in models of 70 billion weights no values have
+    less than ``q5_k``. The rule is that of llama.cpp's ``llama_tensor_get_type`` (read in the source that
+    llama-cpp-python 0.3.36 carries).
 
     Parameters
     ----------
-    columns : mapping of str to int
-        Each tensor's name (as GGUF files have them) and its row's length.
+    shapes : mapping of str to tuple of int
+        Each tensor's name (as GGUF files have them) and its shape, row-major.
+    architecture : str
+        The file's ``general.architecture``.
     """
-    found = {name: match for name in columns if (match := _BLOCK.match(name))}
+    found = {name: match for name in shapes if (match := _BLOCK.match(name))}
     blocks: dict[str, list[int]] = {}
     for match in found.values():
         blocks.setdefault(match[2], []).append(int(match[1]))
-    output = "output.weight" if "output.weight" in columns else "token_embd.weight"
+    eight = any(_EXPERTS.match(name) and len(shape) == 3 and shape[0] == 8 for name, shape in shapes.items())
+    large = _is_seventy_billion(shapes, architecture, len(blocks.get("attn_v", ())))
+    output = "output.weight" if "output.weight" in shapes else "token_embd.weight"
     chosen = {}
-    for name, cols in columns.items():
+    for name, shape in shapes.items():
         scheme = "q6_k" if name == output else "q4_k"
         if name in found:
             kind = found[name][2]
             places = sorted(blocks[kind])
-            more = _more_bits(places.index(int(found[name][1])), len(places))
-            scheme = "q5_k" if kind == "attn_qkv" else "q6_k" if more else "q4_k"
-        chosen[name] = scheme if cols % 256 == 0 else _FALLBACK[scheme]
+            if kind in ("attn_v", "ffn_down") and _more_bits(places.index(int(found[name][1])), len(places)):
+                scheme = "q6_k"
+            elif kind == "attn_qkv" or (kind == "attn_v" and large):
+                scheme = "q5_k"
+            scheme = _EIGHT_EXPERTS.get(kind, scheme) if eight else scheme
+        fits = scheme == "q8_0" or (shape or (1,))[-1] % 256 == 0
+        chosen[name] = scheme if fits else _FALLBACK[scheme]
     return chosen
+
+
+def _is_seventy_billion(shapes: Mapping[str, tuple[int, ...]], architecture: str, blocks: int) -> bool:
+    if blocks == 0 or blocks != _SEVENTY_BILLION.get(architecture):
+        return False
+    # LLaMA's first model of 80 blocks had a key head for each head.
+    return architecture != "llama" or shapes.get("blk.0.attn_q.weight") != shapes.get("blk.0.attn_k.weight")
 
 
 def _more_bits(place: int, count: int) -> bool:

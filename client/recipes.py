@@ -307,7 +307,8 @@ def make_plan(source: Source, recipe: Recipe, target: str) -> Plan:
     plan = Plan(target, recipe)
     mixed: dict[str, str] = {}
     if recipe.mixture:
-        mixed = MIXTURES[recipe.mixture]({name: (meta.shape or (1,))[-1] for name, meta in source.tensors.items()})
+        shapes = {name: meta.shape for name, meta in source.tensors.items()}
+        mixed = MIXTURES[recipe.mixture](shapes, source.metadata.get("general.architecture", ""))
     for name, meta in source.tensors.items():
         command, reason = _decide(source, name, meta, recipe, target)
         if command is recipe.command and name in mixed:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
 from types import TracebackType
@@ -64,7 +65,8 @@ class Sink(ABC):
         self._source = source
         self._work = Work(place, self._digest(), resume=resume)
         try:
-            self._begin()
+            with self._named():
+                self._begin()
         except BaseException:
             if self.results:
                 self._work.leave()
@@ -82,6 +84,16 @@ class Sink(ABC):
             "kept": list(self.plan.kept),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors of writing name the output, of which alone the user knows."""
+        try:
+            yield
+        except OSError as error:
+            if error.filename is None:
+                error.filename = self._work.target.uri
+            raise
 
     @property
     def done(self) -> Collection[str]:
@@ -137,7 +149,8 @@ class Sink(ABC):
                 raise LayerError(
                     status, f'layer "{name}" cannot be quantized: {error}; --keep "{name}" leaves it as it is'
                 )
-            nbytes = self._write_row(batch, row, name)
+            with self._named():
+                nbytes = self._write_row(batch, row, name)
             facts = {**cells, "weights": prod(shape), "bytes_out": nbytes}
             self._work.note(name, **facts)
             results.append(LayerResult(name=name, **facts))
@@ -147,7 +160,8 @@ class Sink(ABC):
         """Write a tensor as it is, a window at a time, whose memory the source is told to give up."""
         for first in range(0, tensor.meta.nbytes, window):
             last = min(first + window, tensor.meta.nbytes)
-            self._write_kept(tensor, first, memoryview(tensor.data)[first:last])
+            with self._named():
+                self._write_kept(tensor, first, memoryview(tensor.data)[first:last])
             self._source.release(tensor.name, first, last)
         self._work.note(tensor.name)
 
@@ -159,8 +173,9 @@ class Sink(ABC):
     ) -> None:
         if kind is None:
             try:
-                self._finish()
-                self.nbytes = self._work.commit()
+                with self._named():
+                    self._finish()
+                    self.nbytes = self._work.commit()
             except BaseException as failure:
                 self._leave(failure)
                 raise
