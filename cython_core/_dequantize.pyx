@@ -13,7 +13,7 @@ cdef extern from "fq.h" nogil:
         float *scales
         float *zeros
         int64_t n, unit, cols, row_bytes
-        int32_t family, dtype, bits, shared_scale, restored_dtype
+        int32_t packing, family, dtype, bits, shared_scale, restored_dtype
         void *restored
     ctypedef struct fq_result:
         double sum_x2, sum_e2, sum_xe
@@ -35,14 +35,14 @@ cdef extern from "<time.h>" nogil:
 
 RESTORE_FIELDS = (
     "weights", "data", "scales", "zeros", "restored", "n", "unit", "cols", "row_bytes", "family", "dtype", "bits",
-    "shared_scale", "restored_dtype",
+    "shared_scale", "restored_dtype", "packing",
 )
 """Columns of the matrix of jobs that :class:`Restorer` takes. The first five are addresses, 0 for none; the others are
 those of ``fq_job`` (kernels/fq.h)."""
 
 cdef enum:
     WEIGHTS, DATA, SCALES, ZEROS, RESTORED, N, UNIT, COLS, ROW_BYTES, FAMILY, DTYPE, BITS, SHARED_SCALE, RESTORED_DTYPE
-    JOB_COLUMNS
+    PACKING, JOB_COLUMNS
 
 
 cdef const fq_kernels *kernels_of(str isa) except NULL:
@@ -119,7 +119,7 @@ cdef class Restorer:
         job.restored = <void *><uintptr_t>row[RESTORED]
         job.n, job.unit, job.cols, job.row_bytes = row[N], row[UNIT], row[COLS], row[ROW_BYTES]
         job.family, job.dtype, job.bits = row[FAMILY], row[DTYPE], row[BITS]
-        job.shared_scale, job.restored_dtype = row[SHARED_SCALE], row[RESTORED_DTYPE]
+        job.shared_scale, job.restored_dtype, job.packing = row[SHARED_SCALE], row[RESTORED_DTYPE], row[PACKING]
 
     cdef int64_t _cut(self, int64_t i, Tile *to, int64_t at) noexcept:
         """Count a job's tiles, and write them from index ``at`` on if ``to`` is given: the cut of ``Plan``."""

@@ -14,14 +14,14 @@ import pyarrow as pa
 
 from flightquant.cython_core._dequantize import RESTORE_FIELDS, Restorer, restores
 from flightquant.cython_core._memory import MIN_BYTES, OutputMemory
-from flightquant.cython_core._quantize import DTYPES, FAMILIES
+from flightquant.cython_core._quantize import DTYPES, FAMILIES, PACKINGS
 from flightquant.cython_core.answer import NO_SCHEME, good_rows, quality, status_columns, with_nulls
 from flightquant.cython_core.engine import Answer, Engine, abort_on
 from flightquant.cython_core.output import MAX_ANSWER_BYTES, output_memory
 from flightquant.cython_core.validate import VALUE_BYTES, Limits
 from flightquant.cython_core.validate_quantized import CheckedRows, Ints, QuantizedRequest, check_rows
 from flightquant.errors import DeadlineError, TooLargeError
-from flightquant.reference import compare, dequantize_matrix, packed_bytes
+from flightquant.reference import compare, dequantize_matrix, packed_bytes, unit_length
 from flightquant.reference.numeric import widen
 from flightquant.schemes import LayerSpec
 from flightquant.spec import Command
@@ -90,7 +90,7 @@ def restore(
 
 
 def _has_kernel(spec: LayerSpec, isa: str) -> bool:
-    plain = spec.granularity in ("tensor", "channel", "group") and not (spec.scheme.transposed or spec.scheme.nested)
+    plain = spec.granularity in ("tensor", "channel", "group") and not spec.scheme.nested
     return plain and restores(isa, FAMILIES[spec.scheme.family])
 
 
@@ -118,7 +118,8 @@ def _jobs(
         columns["family"][here] = FAMILIES[spec.scheme.family]
         columns["bits"][here] = spec.scheme.bits
         columns["shared_scale"][here] = spec.granularity == "tensor"
-        columns["unit"][here] = spec.group_size or cols[here]
+        columns["packing"][here] = PACKINGS.get(spec.scheme.packing, 0)
+        columns["unit"][here] = unit_length(spec, cols[here])
         if spec.scheme.rule == "onnx":  # its zero points stand behind all rows
             columns["row_bytes"][here] = spec.scheme.row_bytes(cols[here])
         elif not spec.scheme.flat:

@@ -73,15 +73,13 @@ FQ_INLINE void unpack_stream(const uint8_t *from, int64_t n, int bits, int8_t *c
   }
 }
 
-static void restore_integer(const fq_job *job, int64_t begin, int64_t n, float *y) {
-  int8_t buffer[FQ_SPAN + FQ_STEP];
-  const int8_t *codes = buffer;
+/* Codes of the rows' dense streams less half their range: where they lie, or in the buffer. */
+static const int8_t *signed_codes(const fq_job *job, int64_t begin, int64_t n, int8_t *buffer) {
   const uint8_t *from = job->data + begin / job->cols * job->row_bytes + begin % job->cols * job->bits / 8;
   memset(buffer + n, 0, FQ_STEP);
   switch (job->bits) {
   case 8:
-    codes = load_bytes(from, n, buffer);
-    break;
+    return load_bytes(from, n, buffer);
   case 7:
     unpack_stream(from, n, 7, buffer);
     break;
@@ -100,7 +98,58 @@ static void restore_integer(const fq_job *job, int64_t begin, int64_t n, float *
   default:
     unpack_stream(from, n, 2, buffer);
   }
-  scale_units(job, begin, n, codes, signed_byte, y);
+  return buffer;
+}
+
+/* 32 codes of a row from GPTQ's words: as many as a code has bits, each in another line of a word for each row. */
+FQ_INLINE void gptq_32(const fq_job *job, int64_t row, int64_t col, int64_t rows, int8_t *codes) {
+  uint8_t words[FQ_BLOCK];
+  for (int64_t w = 0; w < job->bits; w++)
+    memcpy(words + 4 * w, job->data + 4 * ((col / FQ_BLOCK * job->bits + w) * rows + row), 4);
+  switch (job->bits) {
+  case 8:
+    for (int i = 0; i < FQ_BLOCK; i++)
+      codes[i] = (int8_t)(words[i] ^ 0x80);
+    break;
+  case 4:
+    unpack_stream(words, FQ_BLOCK, 4, codes);
+    break;
+  case 3:
+    unpack_stream(words, FQ_BLOCK, 3, codes);
+    break;
+  default:
+    unpack_stream(words, FQ_BLOCK, 2, codes);
+  }
+}
+
+/* From AWQ's, which hold one column of 8 rows, the even ones first. */
+FQ_INLINE void awq_32(const fq_job *job, int64_t row, int64_t col, int64_t rows, int8_t *codes) {
+  const int64_t place = row % 2 * 4 + row % 8 / 2;
+  const uint8_t *from = job->data + 4 * (col * (rows / 8) + row / 8) + place / 2;
+  for (int i = 0; i < FQ_BLOCK; i++, from += rows / 2)
+    codes[i] = (int8_t)((*from >> (place % 2 * 4) & 15) - 8);
+}
+
+/* Codes less half their range of layouts that hold the transpose, whose rows and columns are multiples of 32. */
+static const int8_t *transposed_codes(const fq_job *job, int64_t begin, int64_t n, int8_t *buffer) {
+  const int64_t rows = job->n / job->cols;
+  for (int64_t i = 0; i < n; i += FQ_BLOCK) {
+    const int64_t row = (begin + i) / job->cols, col = (begin + i) % job->cols;
+    if (job->packing == FQ_AWQ)
+      awq_32(job, row, col, rows, buffer + i);
+    else
+      gptq_32(job, row, col, rows, buffer + i);
+  }
+  return buffer;
+}
+
+static void restore_integer(const fq_job *job, int64_t begin, int64_t n, float *y) {
+  int8_t buffer[FQ_SPAN + FQ_STEP];
+  if (job->packing == FQ_GPTQ || job->packing == FQ_GPTQ_V2 || job->packing == FQ_AWQ) {
+    scale_units(job, begin, n, transposed_codes(job, begin, n, buffer), signed_byte, y);
+    return;
+  }
+  scale_units(job, begin, n, signed_codes(job, begin, n, buffer), signed_byte, y);
 }
 
 /* As those, but for 8 bits: codes from 0 up. */
@@ -114,6 +163,43 @@ static void restore_onnx(const fq_job *job, int64_t begin, int64_t n, float *y) 
   for (int64_t i = 0; i < n; i++)
     codes[i] = (int8_t)((uint8_t)codes[i] ^ 0x80);
   scale_units(job, begin, n, codes, signed_byte, y);
+}
+
+/* Codes from 0 up, code * scale + bias. */
+static void restore_mlx(const fq_job *job, int64_t begin, int64_t n, float *y) {
+  int8_t buffer[FQ_SPAN + FQ_STEP] = {0};
+  const int8_t *codes = signed_codes(job, begin, n, buffer);
+  const vf half = vf_set((float)(1 << (job->bits - 1)));
+  for (int64_t i = 0; i < n; i += FQ_LANES) {
+    const int64_t group = (begin + i) / job->unit;
+    const vf code = job->bits == 8 ? unsigned_byte(codes + i) : vf_add(signed_byte(codes + i), half);
+    const vf scaled = vf_mul(code, vf_set(float_at(job->scales, group)));
+    vf_store(y + i, vf_add(scaled, vf_set(float_at(job->zeros, group))));
+  }
+}
+
+/* Folded codes: those of the first part of all groups stand highest. */
+static void restore_hqq(const fq_job *job, int64_t begin, int64_t n, float *y) {
+  int8_t codes[FQ_SPAN + FQ_STEP] = {0};
+  const int fold = job->bits == 4 ? 2 : job->bits == 3 ? 10 : job->bits == 2 ? 4 : 1, mask = (1 << job->bits) - 1;
+  const int64_t line = (job->n / job->unit + fold - 1) / fold * job->unit;
+  for (int64_t i = 0; i < n;) {
+    const int64_t part = (begin + i) / line, at = (begin + i) % line;
+    const int64_t end = line - at < n - i ? i + line - at : n;
+    const int shift = (int)(fold - 1 - part) * job->bits;
+    const uint8_t *from = job->data + (job->bits == 3 ? at * 4 : at);
+    if (job->bits == 3) {
+      for (; i < end; i++, from += 4) {
+        uint32_t word;
+        memcpy(&word, from, sizeof word);
+        codes[i] = (int8_t)(word >> shift & 7);
+      }
+    } else {
+      for (; i < end; i++, from++)
+        codes[i] = (int8_t)(*from >> shift & mask);
+    }
+  }
+  scale_units(job, begin, n, codes, unsigned_byte, y);
 }
 
 /* Of an 8-bit float without its sign, what a float32 with the same fields stands for, times what the exponents differ
@@ -207,6 +293,33 @@ static void restore_fp4(const fq_job *job, int64_t begin, int64_t n, float *y) {
   scale_units(job, begin, n, codes, fp4, y);
 }
 
+static const float e2m1_values[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+FQ_INLINE vf e2m1(const int8_t *codes) { return vi_lookup_16(vi_load_i8(codes), e2m1_values); }
+
+/* Two codes a byte, the first in its low half; n is a multiple of 16. */
+FQ_INLINE void unpack_low_first(const uint8_t *from, int64_t n, int8_t *codes) {
+  for (int64_t i = 0; i < n / 2; i++) {
+    codes[2 * i] = (int8_t)(from[i] & 15);
+    codes[2 * i + 1] = (int8_t)(from[i] >> 4);
+  }
+}
+
+static void restore_mxfp4(const fq_job *job, int64_t begin, int64_t n, float *y) {
+  int8_t codes[FQ_SPAN];
+  unpack_low_first(job->data + begin / 2, n, codes);
+  scale_units(job, begin, n, codes, e2m1, y);
+}
+
+/* Groups of 16, whose scales stand before that of the tensor, which they are divided by. */
+static void restore_nvfp4(const fq_job *job, int64_t begin, int64_t n, float *y) {
+  enum { GROUP = 16 };
+  int8_t codes[FQ_SPAN];
+  unpack_low_first(job->data + begin / 2, n, codes);
+  const float whole = float_at(job->scales, job->n / GROUP);
+  for (int64_t i = 0; i < n; i += GROUP)
+    vf_store(y + i, vf_mul(e2m1(codes + i), vf_set(float_at(job->scales, (begin + i) / GROUP) / whole)));
+}
+
 /* ggml's blocks: a float16 scale, a minimum if there is one, fifth bits if there are, 32 codes. */
 typedef struct {
   int bits, minimum;
@@ -291,6 +404,11 @@ static span_restorer *const restorers[] = {
     [FQ_ARROWQUANT] = restore_arrowquant,
     [FQ_BNB8] = restore_bnb8,
     [FQ_ONNX] = restore_onnx,
+    [FQ_MLX] = restore_mlx,
+    [FQ_HQQ] = restore_hqq,
+    [FQ_MXFP4] = restore_mxfp4,
+    [FQ_MXFP8] = restore_e4m3,
+    [FQ_NVFP4] = restore_nvfp4,
 };
 
 int FQ_NAME(restores)(int32_t family) {

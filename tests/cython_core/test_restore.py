@@ -140,6 +140,47 @@ def test_any_bytes_at_any_address_are_what_the_reference_makes_of_them(
         check_weights(restored(isa_engine, batch), batch)
 
 
+LAYOUTS: list[dict[str, Any]] = [
+    *(
+        {"scheme": scheme, "packing": packing, "symmetric": symmetric, **unit}
+        for scheme, packing in (
+            ("int4", "gptq"),
+            ("int4", "awq"),
+            ("int8", "gptq-v2"),
+            ("int3", "gptq"),
+            ("int2", "gptq"),
+        )
+        for symmetric, unit in ((True, {"group_size": 32}), (False, {"granularity": "channel"}))
+    ),
+    *({"scheme": scheme, "packing": "onnx", "group_size": 32} for scheme in ("int8", "int4", "int2")),
+    *({"scheme": "mlx", "bit_width": bits, "group_size": 32} for bits in (2, 3, 5, 6, 8)),
+    *({"scheme": f"hqq{bits}", "group_size": 32} for bits in (8, 4, 3, 2)),
+    {"scheme": "nvfp4"},
+]
+
+
+@pytest.mark.parametrize("spec", LAYOUTS, ids=lambda spec: "-".join(map(str, spec.values())))
+def test_other_layouts_and_widths(spec: dict[str, Any], isa_engine: Engine) -> None:
+    """Any codes, in parts of tiles and rows that joined spans cross, an odd number of groups of 16, to any address."""
+    rng = np.random.default_rng(12)
+    shapes = [(32, 64), (64, 192), (96, 96), (32, 2080), (64, 1056)]
+    shapes += [(3, 48), (1, 16), (5, 2064)] if spec["scheme"] == "nvfp4" else []
+    for shape in shapes:
+        weights = (-np.abs(rng.standard_normal(shape)) - 0.1).astype(np.float32)
+        weights[:, 1::2] *= -1  # every group has weights of both signs, which GPTQ's zero points need
+        made = answer_to(spec, {"w": weights})
+        same = restored(isa_engine, made.batch)
+        check_weights(same, made.batch)
+        size = len(made.batch.column("quantized_data")[0].as_buffer())
+        values = at_alignment(rng.integers(0, 256, size).astype(np.uint8), 3)
+        data = pa.Array.from_buffers(pa.binary(), 1, [None, pa.py_buffer(np.array([0, size], np.int32)), values])
+        mixed = made.batch.set_column(made.batch.schema.names.index("quantized_data"), "quantized_data", data)
+        check_weights(restored(isa_engine, mixed), mixed)
+        field = weights_type("float32")
+        batch = made.batch.append_column(field, weights_array([weights], field, 3))
+        same_bits(QuantizedSession(isa_engine, batch.schema, VERIFY, Limits()).answer(batch).sums, made.sums, "sums")
+
+
 def test_golden_answers_become_the_references_weights(any_engine: Engine) -> None:
     tried = 0
     for case in golden_cases():
