@@ -2,15 +2,6 @@
 #include "blocks.h"
 #include "minifloat.h"
 
-/* The nearest 8-bit floats of 16 quotients within the format's range, as signed bytes in int32, and their values. The
- * sign is the weight's: vf_quotient loses that of a zero. */
-FQ_INLINE vi nearest_float8(vf q, vf weight, minifloat format, vf *value) {
-  const vi sign = vi_and(vf_bits(weight), vi_set(INT32_MIN));
-  const vi code = nearest_minifloat(vi_and(vf_bits(q), vi_set(INT32_MAX)), format, value);
-  *value = vi_float(vi_or(vf_bits(*value), sign));
-  return vi_or(code, vi_shift_24(sign));
-}
-
 /* Codes, and weights again where they are wanted, of n weights (a multiple of 64). */
 FQ_INLINE void quantize_span(const fq_job *job, fetcher *next, const float *x, int64_t n, const span_units *u,
                              minifloat format, int arithmetic, int careful, int measured, int8_t *codes, float *y) {

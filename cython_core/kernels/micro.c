@@ -20,8 +20,6 @@ typedef struct {
   int careful; /* nvfp4: vf_quotient does not hold, or may lose the sign of what rounds to 0 */
 } span_scales;
 
-FQ_INLINE vi choose(vi mask, vi a, vi b) { return vi_xor(b, vi_and(mask, vi_xor(a, b))); }
-
 /* Powers of two for 16 groups: the magnitude's own, rounded up from 1.75 times one, over the element's. */
 FQ_INLINE void powers_16(const fq_job *job, int top, span_scales *s, int64_t at) {
   vi high;
@@ -34,8 +32,8 @@ FQ_INLINE void powers_16(const fq_job *job, int top, span_scales *s, int64_t at)
   if (job->arithmetic == FQ_F16) {
     /* The library rounds the bits of float16's denormals, to its least power or to 0, for which it takes 1. */
     const vi none = vi_shift_31(vi_sub(high, vf_bits(vf_set(0x1.8p-15f)))), one = vf_bits(vf_set(1));
-    scale = choose(none, one, scale);
-    inverse = choose(none, one, inverse);
+    scale = vi_choose(none, one, scale);
+    inverse = vi_choose(none, one, inverse);
   }
   vf_store(s->stored + at, vi_float(scale));
   vf_store(s->scale + at, vi_float(scale));
@@ -90,10 +88,7 @@ FQ_INLINE void quantize_span(const fq_job *job, const micro *f, int careful, int
       if (f->element->bits == 3) {
         code[v] = codes_e2m1(q, zero, &value);
       } else {
-        const vi sign = vi_and(vf_bits(weight), vi_set(INT32_MIN));
-        code[v] = nearest_minifloat(vi_and(vf_bits(q), vi_set(INT32_MAX)), *f->element, &value);
-        code[v] = vi_or(code[v], vi_shift_24(sign));
-        value = vi_float(vi_or(vf_bits(value), sign));
+        code[v] = nearest_float8(q, weight, *f->element, &value);
       }
       if (measured)
         vf_store(y + i, vf_mul(value, scale));

@@ -101,6 +101,12 @@ FQ_SHIFT(31)
 FQ_SHIFT_LEFT(20)
 FQ_SHIFT_LEFT(21)
 
+/* The bits of a where those of the mask are set, else those of b. */
+FQ_INLINE vi vi_choose(vi mask, vi a, vi b) {
+  vi r;
+  FQ_EACH r.p[k] = pi_choose(mask.p[k], a.p[k], b.p[k]);
+  return r;
+}
 FQ_INLINE vf vf_set(float a) {
   vf r;
   FQ_EACH r.p[k] = pf_set(a);

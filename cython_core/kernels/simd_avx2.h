@@ -43,6 +43,8 @@ FQ_INLINE int32_t pi_highest(pi a) {
   return _mm_cvtsi128_si32(_mm_max_epi32(r, _mm_shuffle_epi32(r, 0xb1)));
 }
 #define pi_xor _mm256_xor_si256
+/* The bits of a where the mask's are set. */
+#define pi_choose(mask, a, b) _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b))
 
 /* Of parts a and b, groups of so many lanes: every second one of each, those of b beside those of a, and the others
  * likewise in the same places. */
@@ -82,12 +84,20 @@ FQ_INLINE pf pf_where_zero(pf test, pf a, pf b) {
 FQ_INLINE pf pf_where_less(pf a, pf b, pf x, pf y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 
 /* 64 int32 as 64 saturated int8, in order. */
+FQ_INLINE __m256i bytes_32(const pi *a) {
+  const __m256i words_low = _mm256_packs_epi32(a[0], a[1]), words_high = _mm256_packs_epi32(a[2], a[3]);
+  const __m256i mixed = _mm256_packs_epi16(words_low, words_high);
+  return _mm256_permutevar8x32_epi32(mixed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
 FQ_INLINE void pack_64(int8_t *to, const pi *a) {
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  for (int half = 0; half < 2; half++, a += 4, to += 32) {
-    const __m256i words_low = _mm256_packs_epi32(a[0], a[1]), words_high = _mm256_packs_epi32(a[2], a[3]);
-    const __m256i mixed = _mm256_packs_epi16(words_low, words_high);
-    _mm256_storeu_si256((__m256i *)to, _mm256_permutevar8x32_epi32(mixed, order));
+  for (int half = 0; half < 2; half++)
+    _mm256_storeu_si256((__m256i *)(to + half * 32), bytes_32(a + half * 4));
+}
+/* Held between two bounds, moreover. */
+FQ_INLINE void pack_64_within(int8_t *to, const pi *a, int8_t low, int8_t high) {
+  for (int half = 0; half < 2; half++) {
+    const __m256i held = _mm256_min_epi8(bytes_32(a + half * 4), _mm256_set1_epi8(high));
+    _mm256_storeu_si256((__m256i *)(to + half * 32), _mm256_max_epi8(held, _mm256_set1_epi8(low)));
   }
 }
 

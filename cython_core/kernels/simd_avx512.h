@@ -38,6 +38,7 @@ typedef __m512i pi;
 #define pi_load_i8(a) _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(a)))
 #define pi_highest _mm512_reduce_max_epi32
 #define pi_xor _mm512_xor_si512
+#define pi_choose(mask, a, b) _mm512_ternarylogic_epi32(mask, a, b, 0xca) /* the bits of a where the mask's are set */
 
 /* Of parts a and b, groups of so many lanes: every second one of each, those of b beside those of a, and the others
  * likewise in the same places. */
@@ -76,11 +77,17 @@ FQ_INLINE pf pf_where_less(pf a, pf b, pf x, pf y) {
 }
 
 /* 64 int32 as 64 saturated int8, in order. */
-FQ_INLINE void pack_64(int8_t *to, const pi *a) {
+FQ_INLINE __m512i bytes_64(const pi *a) {
   const __m512i words_low = _mm512_packs_epi32(a[0], a[1]), words_high = _mm512_packs_epi32(a[2], a[3]);
   const __m512i mixed = _mm512_packs_epi16(words_low, words_high); /* in each 128 bits: 4 bytes of each source */
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, mixed));
+  return _mm512_permutexvar_epi32(order, mixed);
+}
+FQ_INLINE void pack_64(int8_t *to, const pi *a) { _mm512_storeu_si512(to, bytes_64(a)); }
+/* Held between two bounds, moreover. */
+FQ_INLINE void pack_64_within(int8_t *to, const pi *a, int8_t low, int8_t high) {
+  const __m512i held = _mm512_min_epi8(bytes_64(a), _mm512_set1_epi8(high));
+  _mm512_storeu_si512(to, _mm512_max_epi8(held, _mm512_set1_epi8(low)));
 }
 
 /* 64 codes of -8 to 7, plus 8, as 32 bytes: code 2i in the low half of byte i, code 2i + 1 in the high half. */

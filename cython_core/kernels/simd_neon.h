@@ -37,6 +37,8 @@ typedef int32x4_t pi;
 #define pi_shift_left vshlq_n_s32
 #define pi_highest vmaxvq_s32
 #define pi_xor veorq_s32
+/* The bits of a where the mask's are set. */
+#define pi_choose(mask, a, b) vbslq_s32(vreinterpretq_u32_s32(mask), a, b)
 
 /* Of parts a and b, groups of so many lanes: every second one of each, those of b beside those of a, and the others
  * likewise in the same places. */
@@ -73,11 +75,20 @@ FQ_INLINE pf pf_where_zero(pf test, pf a, pf b) { return vbslq_f32(vceqzq_f32(te
 FQ_INLINE pf pf_where_less(pf a, pf b, pf x, pf y) { return vbslq_f32(vcltq_f32(a, b), x, y); }
 
 /* 64 int32 as 64 saturated int8, in order. */
+FQ_INLINE int8x16_t bytes_16(const pi *a) {
+  const int16x8_t low = vcombine_s16(vqmovn_s32(a[0]), vqmovn_s32(a[1]));
+  const int16x8_t high = vcombine_s16(vqmovn_s32(a[2]), vqmovn_s32(a[3]));
+  return vcombine_s8(vqmovn_s16(low), vqmovn_s16(high));
+}
 FQ_INLINE void pack_64(int8_t *to, const pi *a) {
-  for (int quarter = 0; quarter < 4; quarter++, a += 4, to += 16) {
-    const int16x8_t low = vcombine_s16(vqmovn_s32(a[0]), vqmovn_s32(a[1]));
-    const int16x8_t high = vcombine_s16(vqmovn_s32(a[2]), vqmovn_s32(a[3]));
-    vst1q_s8(to, vcombine_s8(vqmovn_s16(low), vqmovn_s16(high)));
+  for (int quarter = 0; quarter < 4; quarter++)
+    vst1q_s8(to + quarter * 16, bytes_16(a + quarter * 4));
+}
+/* Held between two bounds, moreover. */
+FQ_INLINE void pack_64_within(int8_t *to, const pi *a, int8_t low, int8_t high) {
+  for (int quarter = 0; quarter < 4; quarter++) {
+    const int8x16_t held = vminq_s8(bytes_16(a + quarter * 4), vdupq_n_s8(high));
+    vst1q_s8(to + quarter * 16, vmaxq_s8(held, vdupq_n_s8(low)));
   }
 }
 

@@ -38,6 +38,8 @@ FQ_INLINE int32_t pi_highest(pi a) {
   return _mm_cvtsi128_si32(_mm_max_epi32(a, _mm_shuffle_epi32(a, 0xb1)));
 }
 #define pi_xor _mm_xor_si128
+/* The bits of a where the mask's are set. */
+#define pi_choose(mask, a, b) _mm_or_si128(_mm_and_si128(mask, a), _mm_andnot_si128(mask, b))
 
 FQ_INLINE pi pi_load_i8(const int8_t *a) {
   int32_t four;
@@ -96,9 +98,19 @@ FQ_INLINE pf pf_where_zero(pf test, pf a, pf b) { return _mm_blendv_ps(b, a, _mm
 FQ_INLINE pf pf_where_less(pf a, pf b, pf x, pf y) { return _mm_blendv_ps(y, x, _mm_cmplt_ps(a, b)); }
 
 /* 64 int32 as 64 saturated int8, in order. */
+FQ_INLINE __m128i bytes_16(const pi *a) {
+  return _mm_packs_epi16(_mm_packs_epi32(a[0], a[1]), _mm_packs_epi32(a[2], a[3]));
+}
 FQ_INLINE void pack_64(int8_t *to, const pi *a) {
-  for (int quarter = 0; quarter < 4; quarter++, a += 4, to += 16)
-    _mm_storeu_si128((__m128i *)to, _mm_packs_epi16(_mm_packs_epi32(a[0], a[1]), _mm_packs_epi32(a[2], a[3])));
+  for (int quarter = 0; quarter < 4; quarter++)
+    _mm_storeu_si128((__m128i *)(to + quarter * 16), bytes_16(a + quarter * 4));
+}
+/* Held between two bounds, moreover. */
+FQ_INLINE void pack_64_within(int8_t *to, const pi *a, int8_t low, int8_t high) {
+  for (int quarter = 0; quarter < 4; quarter++) {
+    const __m128i held = _mm_min_epi8(bytes_16(a + quarter * 4), _mm_set1_epi8(high));
+    _mm_storeu_si128((__m128i *)(to + quarter * 16), _mm_max_epi8(held, _mm_set1_epi8(low)));
+  }
 }
 
 /* 64 codes of -8 to 7, plus 8, as 32 bytes: code 2i in the low half of byte i, code 2i + 1 in the high half. */

@@ -114,6 +114,11 @@ FQ_INLINE range_part range_bits(fetcher *next, const float *x, int64_t n, int sy
     for (int k = 0; k < 2; k++)
       high[k] = low[k] = vi_and(vf_bits(vf_load(x + k * FQ_LANES)), mask);
     i = n;
+  } else if (n == FQ_LANES) {
+    if (next)
+      fetch_vectors(next, 1);
+    high[0] = high[1] = low[0] = low[1] = vi_and(vf_bits(vf_load(x)), mask);
+    i = n;
   } else {
     high[0] = high[1] = low[0] = low[1] = vi_set(0);
   }
@@ -199,6 +204,8 @@ FQ_INLINE int32_t range_units(fetcher *next, const float *x, int64_t unit, int64
   range_source s = {next, x, unit, units, symmetric, NULL, NULL};
   if (unit == FQ_BLOCK) {
     s.unit = FQ_BLOCK; /* for the compiler */
+  } else if (unit == FQ_LANES) {
+    s.unit = FQ_LANES;
   } else {
     for (int i = 0; i < FQ_LANES && i < units; i++) {
       const range_part r = range_1(&s, i);
