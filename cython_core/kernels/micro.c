@@ -52,7 +52,10 @@ FQ_INLINE void scales_16(const fq_job *job, float global, span_scales *s, int64_
   vf_store(s->scale + at, scale);
   vf_store(s->inverse + at, vf_div(vf_set(1), scale));
   const vi bits = vf_bits(scale), least = vf_bits(vf_set(0x1p-80f)), most = vf_bits(vf_set(1));
-  s->careful |= vi_highest(vi_max(vi_sub(least, bits), vi_sub(bits, most))) > 0;
+  /* Under a given magnitude that the weights exceed by far, quotients may be infinite. */
+  const vi largest = vf_bits(vf_mul(amax, vf_load(s->inverse + at)));
+  const vi above = vi_max(vi_sub(bits, most), vi_sub(largest, vf_bits(vf_set(0x1p100f))));
+  s->careful |= vi_highest(vi_max(vi_sub(least, bits), above)) > 0;
 }
 
 /* Quotients up to here are zero, without a sign, in the dtype of the arithmetic. */

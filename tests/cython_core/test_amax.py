@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
-from fq_testing import KINDS, request, stored_as, weights_like
+from fq_testing import KINDS, check_row, reference_layer, request, stored_as, weights_like
 
 import flightquant
 from flightquant.cython_core.engine import Engine, Limits
@@ -65,3 +65,20 @@ def test_mixed_dtypes_in_process() -> None:
     table = flightquant.amax(layers)
     assert table.column("amax").to_pylist() == [2.5, 5.0, None]
     assert table.column("status").to_pylist() == ["ok", "ok", "non_finite"]
+
+
+@pytest.mark.parametrize("options", [{"scheme": "nvfp4"}, {"scheme": "int4", "granularity": "tensor"}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_given_magnitude_may_have_nothing_to_do_with_the_weights(
+    isa_engine: Engine, dtype: str, options: dict[str, str]
+) -> None:
+    """Quotients are then anything from zero to infinity."""
+    rng, command = np.random.default_rng(7), Command.build(**options)
+    weights = rng.integers(0, 2**32, size=(40, 2, 64), dtype=np.uint32).view(np.float32)
+    layers = {f"w{i}": stored_as(np.nan_to_num(layer, nan=1), dtype) for i, layer in enumerate(weights)}
+    given = (10.0 ** rng.uniform(-44, 38, len(layers))).astype(np.float32)
+    batch = request(layers, dtype, columns={"global_amax": pa.array(given)})
+    answer = isa_engine.session(batch.schema, command).quantize(batch).batch
+    for i, layer in enumerate(layers.values()):
+        with np.errstate(all="ignore"):
+            check_row(answer, i, reference_layer(layer, dtype, command, float(given[i])), isa_engine.isa)
