@@ -40,6 +40,7 @@ class Op(StrEnum):
 
     schemes = "schemes"
     sizes = "sizes"
+    reductions = "reductions"
     layers = "layers"
 
 
@@ -47,7 +48,9 @@ class Op(StrEnum):
 def kernels(
     op: Annotated[
         list[Op] | None,
-        typer.Option(help="Only this: every scheme, size classes, or whole calls on single layers; may be repeated."),
+        typer.Option(
+            help="Only this: every scheme, size classes, what scales are taken over, or whole calls; may be repeated."
+        ),
     ] = None,
     size: Annotated[
         list[str] | None,
@@ -91,7 +94,10 @@ def kernels(
         found["schemes"] = rows
     if Op.sizes in wanted:
         found["sizes"] = sized = measured.sizes(counts, rounds, 1 << 24 if fast else 1 << 27)
-        report.print_sizes(console, sized)
+        report.print_sizes(console, "sizes", sized)
+    if Op.reductions in wanted:
+        found["reductions"] = reduced = measured.reductions(counts, rounds, largest=1 << 24 if fast else 1 << 27)
+        report.print_sizes(console, "the largest magnitude", reduced)
     if Op.layers in wanted:
         found["layers"] = calls = measured.layers(rounds)
         report.print_layers(console, calls)

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from flightquant.benchmarks.harness import interleaved, reader, summary, weights
-from flightquant.cython_core.engine import Engine
+from flightquant.cython_core.engine import Engine, Session
+from flightquant.cython_core.magnitude import AmaxSession
+from flightquant.cython_core.validate import Limits
 from flightquant.layers import Layer, layers_batch
 from flightquant.schemes import SCHEMES
 from flightquant.spec import Command
@@ -34,6 +36,16 @@ SIZES: dict[str, tuple[int, tuple[int, int]]] = {
 
 SIZED_SCHEMES = ("int8", "int4", "q4_0")
 """Schemes of which every size is measured: one of each way through a layer."""
+
+REDUCTIONS: dict[str, tuple[int, dict[str, Any]]] = {
+    "amax alone, of the tensor": (1, {"op": "amax"}),
+    "int8, of the tensor": (1, {"scheme": "int8", "granularity": "tensor"}),
+    "int8, of each row": (1, {"scheme": "int8"}),
+    "int8, of each row, three axes": (8, {"scheme": "int8"}),
+    "int8, of groups of 128": (1, {"scheme": "int8", "group_size": 128}),
+    "fp8_e4m3, of blocks of 128x128": (1, {"scheme": "fp8_e4m3", "granularity": "block"}),
+}
+"""What the largest magnitude is taken over: the parts that the layer's rows are cut into as a leading axis, options."""
 
 
 def cases(schemes: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
@@ -76,7 +88,11 @@ class Run:
     def bound(self) -> Callable[[], float]:
         """The call itself, its batch and session made once."""
         batch = layers_batch(self.layers)
-        session = self.engine.session(batch.schema, Command.build(metrics=self.metrics, **self.options))
+        session: Session
+        if self.options.get("op") == "amax":
+            session = AmaxSession(self.engine, batch.schema, Command.build(**self.options), Limits())
+        else:
+            session = self.engine.session(batch.schema, Command.build(metrics=self.metrics, **self.options))
         return lambda: session.quantize(batch).seconds["kernel"]
 
 
@@ -154,6 +170,24 @@ def sizes(threads: Sequence[int], rounds: int, largest: int) -> Figures:
             engine = Engine(n_threads)
             for name in SIZED_SCHEMES:  # one after the other, so that each reuses its outputs' memory as callers do
                 runs = {(name, "off"): Run(engine, layers, {"scheme": name}, False)}
+                found += [{"size": size, **row} for row in measure(runs, n_threads, rounds)]
+            engine.close()
+    return found
+
+
+def reductions(threads: Sequence[int], rounds: int, largest: int) -> Figures:
+    """Every reduction on one layer of each size class from 4.2M weights up to so many."""
+    found: Figures = []
+    for size in ("4.2M", "16.8M", "67M"):
+        rows, cols = SIZES[size][1]
+        if rows * cols > largest:
+            continue
+        data = weights((rows, cols)).data
+        for n_threads in threads:
+            engine = Engine(n_threads)
+            for name, (parts, options) in REDUCTIONS.items():
+                shape = (rows, cols) if parts == 1 else (parts, rows // parts, cols)
+                runs = {(name, "off"): Run(engine, (Layer("w", shape, "float32", data),), options, False)}
                 found += [{"size": size, **row} for row in measure(runs, n_threads, rounds)]
             engine.close()
     return found

@@ -44,12 +44,12 @@ def print_schemes(console: Console, rows: Figures) -> None:
         console.print(table)
 
 
-def print_sizes(console: Console, rows: Figures) -> None:
-    """Size classes."""
+def print_sizes(console: Console, title: str, rows: Figures) -> None:
+    """Cases by size class."""
     table = _table(
-        "\nsizes, float32, quality off",
+        f"\n{title}, float32, quality off",
         "weights",
-        "scheme",
+        "case",
         "threads",
         "kernel GB/s",
         "of reading",

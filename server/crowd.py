@@ -2,8 +2,8 @@
 
 A thread that waits for the lock wakes every 5 ms (``sys.getswitchinterval``) to ask its holder to let go. A flood of
 calls, each with a thread of gRPC's, makes thousands that do little else than wake: more CPU went there than into
-refusing the calls. So while calls are refused for want of room they ask once a second. Nobody waits longer for it: what
-holds the lock for milliseconds gives it up by itself at the next read, write or kernel.
+refusing the calls. So while calls are refused for want of room they ask ten times a second. Hardly anybody waits longer
+for it: who holds the lock gives it up at the next read, write or kernel, and a tenth of a second is the most otherwise.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import sys
 import time
 
-CROWDED_SWITCH_S = 1.0
+CROWDED_SWITCH_S = 0.1
 CALM_S = 1.0
 """Without a refusal for so long, the usual interval holds again."""
 

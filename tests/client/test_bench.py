@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from flightquant.benchmarks import kernels
 from flightquant.benchmarks.cli import app
 from flightquant.benchmarks.kernels import cases
 from flightquant.schemes import SCHEMES
@@ -39,6 +40,17 @@ def test_kernels_are_measured_against_reading(tmp_path: Path) -> None:
     assert set(found["in_cache"]) == {row["case"] for row in found["schemes"]}
     assert found["machine"]["cpu"] in printed
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_reductions_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kernels.SIZES, "4.2M", (1, (256, 1024)))
+    measured = kernels.reductions
+    monkeypatch.setattr(kernels, "reductions", lambda threads, rounds, largest: measured(threads, rounds, 1 << 19))
+    figures = tmp_path / "figures.json"
+    printed = run("kernels", "--op", "reductions", "--threads", "1", "--rounds", "1", "--json", str(figures))
+    found = json.loads(figures.read_text())["reductions"]
+    assert [row["case"] for row in found] == list(kernels.REDUCTIONS)
+    assert all(row["case"] in printed and row["share"] > 0 for row in found)
 
 
 def test_every_scheme_is_a_case() -> None:
