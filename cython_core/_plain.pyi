@@ -9,6 +9,7 @@ from typing_extensions import disjoint_base
 from flightquant.cython_core._memory import MIN_BYTES as MIN_BYTES
 from flightquant.cython_core._quantize import JOB_WIDTH as JOB_WIDTH
 from flightquant.cython_core._quantize import Plan
+from flightquant.cython_core.output import MAX_ANSWER_BYTES as MAX_ANSWER_BYTES
 
 OUTPUT_COLUMNS: tuple[str, ...]
 MAX_ROWS: int

@@ -17,6 +17,7 @@ from pyarrow import RecordBatch
 
 from flightquant.cython_core._memory import MIN_BYTES, OutputMemory
 from flightquant.cython_core._quantize import JOB_WIDTH, Plan, lay_out, quality_columns
+from flightquant.cython_core.output import MAX_ANSWER_BYTES
 
 include "arrow_abi.pxi"
 
@@ -61,7 +62,6 @@ cdef extern from *:
 
 cdef enum:
     ALIGNMENT = 64
-    MOST_BYTES = 0x7fffffff  # of a column with 32-bit offsets
     OUTPUTS = 9
 
 OUTPUT_COLUMNS = (
@@ -322,7 +322,7 @@ cdef class PlainWork:
         cdef int64_t total = padded(scratch)
         for i in range(3):
             nbytes[i] = room.offsets[i, count] * (4 if i else 1)
-            if nbytes[i] > MOST_BYTES:
+            if nbytes[i] > MAX_ANSWER_BYTES:
                 return False
             total += padded(nbytes[i])
         for i in range(count):

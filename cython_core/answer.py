@@ -19,7 +19,8 @@ _FLOAT = pa.float32()
 _FLOATS = pa.list_(_FLOAT)
 NO_SCHEME = "none"
 """The scheme, in costs, of rows without one."""
-_QUALITY = ("sqnr_db", "cosine", "max_abs_error")
+QUALITY = ("sqnr_db", "cosine", "max_abs_error")
+"""The answer's columns that are null without ``metrics``."""
 
 if TYPE_CHECKING:
     from flightquant.cython_core.validate_quantized import CheckedRows
@@ -84,7 +85,7 @@ def usual_columns(count: int) -> dict[str, pa.Array]:
         "error": _repeat(None, pa.utf8(), count),
         "scales": _repeat(None, _FLOATS, count),
         "zero_points": _repeat(None, _FLOATS, count),
-        **{name: _repeat(None, pa.float32(), count) for name in _QUALITY},
+        **{name: _repeat(None, pa.float32(), count) for name in QUALITY},
         "bytes_copied": _repeat(0, pa.int64(), count),
     }
 
@@ -153,11 +154,11 @@ def _outputs(work: Work, ok: npt.NDArray[np.bool_] | None) -> dict[str, pa.Array
 
 def quality(sums: npt.NDArray[np.float64], ok: npt.NDArray[np.bool_] | None) -> dict[str, pa.Array]:
     """The quality columns of rows of sums of shape (rows, 4); null where not ``ok``."""
-    values = np.empty((len(_QUALITY), len(sums)), np.float32)
+    values = np.empty((len(QUALITY), len(sums)), np.float32)
     quality_columns(sums, *values)
     if ok is None:
-        return _columns_around(values, _FLOAT, _QUALITY)
-    return {name: pa.array(column, _FLOAT, mask=~ok) for name, column in zip(_QUALITY, values, strict=True)}
+        return _columns_around(values, _FLOAT, QUALITY)
+    return {name: pa.array(column, _FLOAT, mask=~ok) for name, column in zip(QUALITY, values, strict=True)}
 
 
 def _cost(checked: CheckedBatch, work: Work) -> dict[str, pa.Array]:

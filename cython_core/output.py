@@ -19,22 +19,27 @@ def output_memory(nbytes: int) -> pa.Buffer:
 
 
 class Buffer:
-    """Memory for one output column: values of ``width`` bytes, row by row as ``lay_out`` says."""
+    """Memory for one output column: values of ``width`` bytes, those of row i from ``offsets[i]`` on.
 
-    def __init__(self, offsets: npt.NDArray[np.int64], column: int, width: int) -> None:
-        self._offsets = offsets[column]
-        self._length = int(offsets[column, -1])
+    Parameters
+    ----------
+    field, advice : str
+        What an error says if a column cannot hold so much: what was too large, and what to send instead.
+    """
+
+    def __init__(self, offsets: npt.NDArray[np.int64], width: int, field: str, advice: str) -> None:
+        self._offsets = offsets
+        self._length = int(offsets[-1])
         nbytes = self._length * width
         if nbytes > MAX_ANSWER_BYTES:
             raise TooLargeError(
-                f"the answer to one batch would have {nbytes} bytes; expected at most {MAX_ANSWER_BYTES} "
-                "(send fewer layers at a time, or a layer in parts with row_offset)",
-                field="weights",
+                f"the answer to one batch would have {nbytes} bytes; expected at most {MAX_ANSWER_BYTES} ({advice})",
+                field=field,
                 got=nbytes,
                 expected=MAX_ANSWER_BYTES,
             )
         self._buffer = output_memory(nbytes)
-        self.address = self._buffer.address
+        self.address: int = self._buffer.address
 
     def as_lists(self, kind: pa.DataType, values: pa.DataType | None, valid: npt.NDArray[np.bool_] | None) -> pa.Array:
         """The memory as a column of ``kind``: binary, or a list of ``values``; null where not ``valid``."""

@@ -7,14 +7,13 @@ from functools import lru_cache, partial
 import pyarrow as pa
 
 from flightquant.cython_core._plain import OUTPUT_COLUMNS, Constants, PlainCall
-from flightquant.cython_core.answer import same_options, usual_columns
+from flightquant.cython_core.answer import QUALITY, same_options, usual_columns
 from flightquant.cython_core.validate import Limits, Request
 from flightquant.cython_core.work import row_divisor, spec_table
 from flightquant.schemes import LayerSpec
 from flightquant.spec import Command
 
 _MAX_COLUMNS = 64
-_QUALITY = ("sqnr_db", "cosine", "max_abs_error")
 
 
 def plain_call(request: Request, answer: pa.Schema, command: Command, limits: Limits, isa: str) -> PlainCall | None:
@@ -72,7 +71,7 @@ def _made(spec: LayerSpec, metrics: bool) -> tuple[str, ...]:
     absent = {
         *(("scales",) if spec.scheme.scales_inside else ()),
         *(("zero_points",) if spec.symmetric else ()),
-        *(() if metrics else _QUALITY),
+        *(() if metrics else QUALITY),
     }
     return tuple(name for name in OUTPUT_COLUMNS if name not in absent)
 

@@ -15,9 +15,9 @@ import pyarrow as pa
 from flightquant.cython_core._dequantize import RESTORE_FIELDS, Restorer, restores
 from flightquant.cython_core._memory import MIN_BYTES, OutputMemory
 from flightquant.cython_core._quantize import DTYPES, FAMILIES, PACKINGS
-from flightquant.cython_core.answer import NO_SCHEME, good_rows, quality, status_columns, with_nulls
+from flightquant.cython_core.answer import NO_SCHEME, good_rows, quality, status_columns
 from flightquant.cython_core.engine import Answer, Engine, abort_on
-from flightquant.cython_core.output import MAX_ANSWER_BYTES, output_memory
+from flightquant.cython_core.output import Buffer
 from flightquant.cython_core.validate import VALUE_BYTES, Limits
 from flightquant.cython_core.validate_quantized import CheckedRows, Ints, QuantizedRequest, check_rows
 from flightquant.errors import DeadlineError, TooLargeError
@@ -205,16 +205,21 @@ class QuantizedSession:
         weight_bytes = checked.lengths * self.value_bytes
         self._check_call_bytes(int(weight_bytes.sum()))
         abort_on(checked, self._command, self.end.rows)
-        output = None if self._verifies else _Output(checked.lengths, self.value_bytes)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(checked.lengths)])
+        output, targets = None, np.zeros(batch.num_rows, np.int64)
+        if not self._verifies:
+            output = Buffer(offsets, self.value_bytes, "quantized_data", "send fewer rows at a time")
+            targets = output.address + offsets[:-1] * self.value_bytes
         seconds = {"validate": time.perf_counter() - start}
-        targets = np.zeros(batch.num_rows, np.int64) if output is None else output.addresses
         results = restore(self._engine, checked, targets, self._command.dtype, self._request.dtype, should_stop)
         abort_on(checked, self._command, self.end.rows)
         columns = {"layer_name": checked.names, "shape": checked.shapes, **status_columns(checked, batch.num_rows)}
+        good = good_rows(checked, batch.num_rows)
         if output is None:
-            columns |= quality(results.sums, good_rows(checked, batch.num_rows))
+            columns |= quality(results.sums, good)
         else:
-            columns["weights"] = output.as_lists(checked, self._command.dtype)
+            values = RESTORED_VALUES[self._command.dtype]
+            columns["weights"] = output.as_lists(pa.list_(values), values, good)
         for name in self.schema.names[len(columns) :]:
             columns[name] = batch.column(name)
         made = pa.RecordBatch.from_arrays([columns[name] for name in self.schema.names], schema=self.schema)
@@ -254,34 +259,6 @@ class QuantizedSession:
         )
         self.end.add(batch)
         return batch
-
-
-class _Output:
-    """Memory for the weights of one batch, row after row."""
-
-    def __init__(self, lengths: Ints, value_bytes: int) -> None:
-        self._offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        nbytes = int(self._offsets[-1]) * value_bytes
-        if nbytes > MAX_ANSWER_BYTES:
-            raise TooLargeError(
-                f"the answer to one batch would have {nbytes} bytes; expected at most {MAX_ANSWER_BYTES} "
-                "(send fewer rows at a time)",
-                field="quantized_data",
-                got=nbytes,
-                expected=MAX_ANSWER_BYTES,
-            )
-        self._buffer = output_memory(nbytes)
-        self.addresses: Ints = self._buffer.address + self._offsets[:-1] * value_bytes
-
-    def as_lists(self, checked: CheckedRows, dtype: str) -> pa.Array:
-        """The memory as the column ``weights``; null in rows that failed."""
-        values = RESTORED_VALUES[dtype]
-        rows = len(self._offsets) - 1
-        valid = good_rows(checked, rows)
-        mask, nulls = (None, 0) if valid is None else with_nulls(valid)
-        child = pa.Array.from_buffers(values, int(self._offsets[-1]), [None, self._buffer], 0)
-        offsets = pa.py_buffer(self._offsets.astype(np.int32))
-        return pa.Array.from_buffers(pa.list_(values), rows, [mask, offsets], nulls, children=[child])
 
 
 def restore_arrays(

@@ -59,7 +59,10 @@ class Work:
         )
         self._jobs, self.rows = jobs[:made], rows[:made]
         self._given_amax = amax[self.rows]
-        self.data, self.scales, self.zeros = (Buffer(offsets, k, width) for k, width in enumerate((1, 4, 4)))
+        self.data, self.scales, self.zeros = (
+            Buffer(column, width, "weights", "send fewer layers at a time, or a layer in parts with row_offset")
+            for column, width in zip(offsets, (1, 4, 4), strict=True)
+        )
         self.sums = np.zeros((made, 4))
         self.first_bad = np.empty(made, np.int64)
         self.unheld = np.empty(made, np.int64)

@@ -73,31 +73,36 @@ FQ_INLINE void unpack_stream(const uint8_t *from, int64_t n, int bits, int8_t *c
   }
 }
 
+/* Codes of fewer than 8 bits, each width compiled for itself. */
+FQ_INLINE void unpack_codes(const uint8_t *from, int64_t n, int bits, int8_t *codes) {
+  switch (bits) {
+  case 7:
+    unpack_stream(from, n, 7, codes);
+    break;
+  case 6:
+    unpack_stream(from, n, 6, codes);
+    break;
+  case 5:
+    unpack_stream(from, n, 5, codes);
+    break;
+  case 4:
+    unpack_stream(from, n, 4, codes);
+    break;
+  case 3:
+    unpack_stream(from, n, 3, codes);
+    break;
+  default:
+    unpack_stream(from, n, 2, codes);
+  }
+}
+
 /* Codes of the rows' dense streams less half their range: where they lie, or in the buffer. */
 static const int8_t *signed_codes(const fq_job *job, int64_t begin, int64_t n, int8_t *buffer) {
   const uint8_t *from = job->data + begin / job->cols * job->row_bytes + begin % job->cols * job->bits / 8;
   memset(buffer + n, 0, FQ_STEP);
-  switch (job->bits) {
-  case 8:
+  if (job->bits == 8)
     return load_bytes(from, n, buffer);
-  case 7:
-    unpack_stream(from, n, 7, buffer);
-    break;
-  case 6:
-    unpack_stream(from, n, 6, buffer);
-    break;
-  case 5:
-    unpack_stream(from, n, 5, buffer);
-    break;
-  case 4:
-    unpack_stream(from, n, 4, buffer);
-    break;
-  case 3:
-    unpack_stream(from, n, 3, buffer);
-    break;
-  default:
-    unpack_stream(from, n, 2, buffer);
-  }
+  unpack_codes(from, n, job->bits, buffer);
   return buffer;
 }
 
@@ -106,20 +111,12 @@ FQ_INLINE void gptq_32(const fq_job *job, int64_t row, int64_t col, int64_t rows
   uint8_t words[FQ_BLOCK];
   for (int64_t w = 0; w < job->bits; w++)
     memcpy(words + 4 * w, job->data + 4 * ((col / FQ_BLOCK * job->bits + w) * rows + row), 4);
-  switch (job->bits) {
-  case 8:
-    for (int i = 0; i < FQ_BLOCK; i++)
-      codes[i] = (int8_t)(words[i] ^ 0x80);
-    break;
-  case 4:
-    unpack_stream(words, FQ_BLOCK, 4, codes);
-    break;
-  case 3:
-    unpack_stream(words, FQ_BLOCK, 3, codes);
-    break;
-  default:
-    unpack_stream(words, FQ_BLOCK, 2, codes);
+  if (job->bits < 8) {
+    unpack_codes(words, FQ_BLOCK, job->bits, codes);
+    return;
   }
+  for (int i = 0; i < FQ_BLOCK; i++)
+    codes[i] = (int8_t)(words[i] ^ 0x80);
 }
 
 /* From AWQ's, which hold one column of 8 rows, the even ones first. */

@@ -13,8 +13,8 @@ from fq_testing import KINDS, answer_bytes, check_row, reference_layer, request,
 import flightquant
 from flightquant import reference
 from flightquant.cython_core.engine import Engine
-from flightquant.errors import InvalidRequestError
-from flightquant.reference import hqq, integer
+from flightquant.errors import InvalidRequestError, LayerError
+from flightquant.reference import QuantizedLayer, hqq, integer
 from flightquant.spec import Command
 
 PROXIMAL = [(8, 64), (4, 32), (4, 64), (4, 128), (3, 32), (2, 64), (2, 128)]
@@ -43,6 +43,20 @@ def shapes(command: Command) -> list[tuple[int, ...]]:
     return [(), (1,), (3, 31), (5, 96), (2, 2049), (3, 700), (1, 65536), (2, 66_000)]
 
 
+def check_on_all(
+    engines: list[Engine], batch: pa.RecordBatch, command: Command, expected: list[QuantizedLayer | LayerError]
+) -> None:
+    """Every engine answers with the reference's rows, and all with the same bytes."""
+    first = None
+    for engine in engines:
+        answer = engine.session(batch.schema, command).quantize(batch).batch
+        if first is None or answer_bytes(answer) != first:
+            for i, layer in enumerate(expected):
+                check_row(answer, i, layer, f"{engine.isa} x{engine.n_threads}")
+        first = first or answer_bytes(answer)
+        assert answer_bytes(answer) == first, engine.isa
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_engine_is_the_reference(dtype: str, options: dict[str, Any], all_engines: list[Engine]) -> None:
@@ -61,14 +75,7 @@ def test_the_engine_is_the_reference(dtype: str, options: dict[str, Any], all_en
         for weights, importance in zip(layers.values(), given, strict=True)
     ]
     batch = request(layers, dtype, columns={"importance": pa.array(given, FLOATS)})
-    first = None
-    for engine in all_engines:
-        answer = engine.session(batch.schema, command).quantize(batch).batch
-        if first is None or answer_bytes(answer) != first:
-            for i, layer in enumerate(expected):
-                check_row(answer, i, layer, f"{engine.isa} x{engine.n_threads}")
-        first = first or answer_bytes(answer)
-        assert answer_bytes(answer) == first, engine.isa
+    check_on_all(all_engines, batch, command, expected)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), PROXIMAL)
@@ -87,14 +94,7 @@ def test_proximal_steps_are_the_references(dtype: str, bits: int, group_size: in
         layers["bad"][2, 5] = 0x7FC0
     expected = [reference_layer(weights, dtype, command) for weights in layers.values()]
     batch = request(layers, dtype)
-    first = None
-    for engine in all_engines:
-        answer = engine.session(batch.schema, command).quantize(batch).batch
-        if first is None or answer_bytes(answer) != first:
-            for i, layer in enumerate(expected):
-                check_row(answer, i, layer, f"{engine.isa} x{engine.n_threads}")
-        first = first or answer_bytes(answer)
-        assert answer_bytes(answer) == first, engine.isa
+    check_on_all(all_engines, batch, command, expected)
 
 
 def test_steps_end_where_the_mean_error_no_longer_falls(monkeypatch: pytest.MonkeyPatch, any_engine: Engine) -> None:
