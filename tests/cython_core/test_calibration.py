@@ -88,6 +88,7 @@ def test_proximal_steps_are_the_references(dtype: str, bits: int, group_size: in
     layers["wide"] = stored_as(rng.standard_normal((4, 2048 + group_size)) * 10.0 ** rng.uniform(-2, 4, (4, 1)), dtype)
     layers["small"] = stored_as(rng.standard_normal((4, 65536 // 4 + group_size)) * 0.02, dtype)
     layers["one group each"] = stored_as(rng.standard_normal((4, group_size)) * 0.5, dtype)
+    layers["zero points at the end of float32"] = stored_as(np.full((4, group_size), 1e38), dtype)
     layers["bad"] = layers["wide"].copy()
     layers["bad"][2, 5] = stored_as(np.array([1.0]), dtype)[0] if dtype == "bfloat16" else np.nan
     if dtype == "bfloat16":
