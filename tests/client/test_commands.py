@@ -19,6 +19,7 @@ from safetensors import numpy as official
 
 import flightquant
 from flightquant.client.cli.quantize import build_recipe
+from flightquant.client.convert import plan_of, read_importance
 from flightquant.client.recipes import PRESETS, available_presets
 from flightquant.client.sources import open_source
 from flightquant.client.stored import open_dequantized
@@ -110,6 +111,10 @@ def test_importance_comes_from_a_file(model: Path, tmp_path: Path, kind: str) ->
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+    with open_source(str(model)) as source:
+        plan = plan_of(source, tmp_path / "q.parquet", build_recipe(None, None, {"scheme": "iq4_nl"}, []))
+        read = read_importance(str(path), plan)
+    assert {name: vector.tolist() for name, vector in read.items()} == {k: v.tolist() for k, v in counts.items()}
     flightquant_("quantize", model, "-o", tmp_path / "q.parquet", "--scheme", "iq4_nl", "--importance", path)
     layers = {name: array for name, array in weights().items() if ".up." in name}
     wanted = flightquant.quantize(layers, "iq4_nl", importance=counts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -107,6 +108,21 @@ def test_who_stops_taking_answers_ends_those_at_work() -> None:
     next(iter(stream))
     del stream
     assert sum(share == 1.0 for share in told) < 16
+
+
+def test_who_is_at_work_when_nobody_takes_answers_ends_within_a_slice() -> None:
+    told: list[float] = []
+
+    def progress(name: str, share: float) -> None:
+        if name == "long":
+            told.append(share)
+            time.sleep(0.05)
+
+    layers = {"first": WEIGHTS["last"], "long": np.ones((20 * 256, 256), np.float32)}
+    stream = iter(QuantClient("local", n_threads=2).stream(layers, "int4", progress=progress))
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert len(told) < 20
 
 
 def test_a_deadline_ends_it() -> None:
