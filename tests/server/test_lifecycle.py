@@ -151,10 +151,12 @@ def test_a_stream_whose_client_does_not_read_is_cut_when_the_grace_period_ends()
 
 def test_a_stream_that_does_not_end_in_time_is_told() -> None:
     with server_process("--grace-s", "2") as server, flight.connect(server.location) as client:
-        threading.Timer(0.3, server.signal, [signal.SIGTERM]).start()
 
         def slowly() -> Any:
-            for _ in count():
+            for i in count():
+                if i == 1:
+                    eventually(lambda: metric(server, "calls_in_flight") == 1, "the call does not come in", 60)
+                    server.signal(signal.SIGTERM)
                 time.sleep(0.02)
                 yield BATCH
 
