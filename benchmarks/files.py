@@ -4,14 +4,17 @@ Usage: python -m flightquant.benchmarks.files [BLOCKS] [FOLDER]
 
 Each block of the model has the seven matrices of a transformer layer (4096x4096 and 11008x4096, 405 MB of random
 bfloat16); five make 2 GB. The model is written below FOLDER (default: the system's temporary folder), read once so that
-it is in the disk cache, and then, in turns: read by one thread and by two into a reused buffer of 1 MiB, and quantized
-to int4 in groups of 128 on two threads, with all that a call does: hashing of the plan, quality, output on the disk.
-Rates are bytes of the model in a second, medians of five turns; the peak memory is that of the process that quantizes.
+it is in the disk cache, and then, in turns: read by one thread and by two into a reused buffer of 1 MiB, looked at by
+one thread, each word of the mapped files once, and quantized to int4 in groups of 128 on two threads, with and without
+quality, with all else that a call does: hashing of the plan, the journal, output that is on the disk at the end.
+Rates are bytes of the model in a second, medians of the turns; CPU time is that of the whole process, which is what two
+cores cannot end before half of; the peak memory is that of the process that quantizes.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import resource
 import shutil
@@ -20,11 +23,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    from flightquant.client.convert import Selection
+    from flightquant.spec import Command
 
 SHAPES = {
     **{f"self_attn.{which}_proj": (4096, 4096) for which in "qkvo"},
@@ -32,7 +41,8 @@ SHAPES = {
     "mlp.down_proj": (4096, 11008),
 }
 BUFFER = 1 << 20
-ROUNDS = 5
+WINDOW = 16 << 20
+ROUNDS = 7
 
 
 def write_model(folder: Path, blocks: int) -> int:
@@ -79,7 +89,18 @@ def read_all(folder: Path, threads: int) -> None:
         list(pool.map(read, range(threads)))
 
 
-def quantizer(model: Path, output: Path) -> Callable[[], object]:
+def look_at_all(folder: Path) -> None:
+    """Every word of the mapped files, whose pages are given back behind it."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            for at in range(0, len(mapped) // 8 * 8, WINDOW):
+                words = np.frombuffer(mapped, np.uint64, min(WINDOW, len(mapped) - at) // 8, at)
+                np.bitwise_or.reduce(words)
+                del words
+                mapped.madvise(mmap.MADV_DONTNEED, at, min(WINDOW, len(mapped) - at))
+
+
+def quantizer(model: Path, output: Path, quality: bool) -> Callable[[], object]:
     """The call to measure; its output is thrown away before the next."""
     from flightquant.client import QuantClient, open_source
     from flightquant.client.convert import convert
@@ -88,30 +109,36 @@ def quantizer(model: Path, output: Path) -> Callable[[], object]:
     client = QuantClient("local", n_threads=2)
     recipe = Recipe.parse({"scheme": "int4", "group_size": 128})
 
+    def quantize(layers: Selection, command: Command) -> Iterator[pa.RecordBatch]:
+        return client.stream(layers, **{**command.options(), "metrics": quality})
+
     def call() -> object:
         with open_source(model) as source:
-            return convert(source, output, recipe, lambda layers, command: client.stream(layers, **command.options()))
+            return convert(source, output, recipe, quantize)
 
     return call
 
 
 def child(model: Path, output: Path) -> None:
-    """Print the median seconds of reading with one thread, with two, of quantizing, and the peak memory in KiB."""
+    """Print the median seconds and CPU seconds of each way, and the peak memory in KiB, as JSON."""
     ways: tuple[Callable[[], object], ...] = (
         lambda: read_all(model, 1),
         lambda: read_all(model, 2),
-        quantizer(model, output),
+        lambda: look_at_all(model),
+        quantizer(model, output, quality=True),
+        quantizer(model, output, quality=False),
     )
-    seconds: list[list[float]] = [[], [], []]
+    taken: list[list[tuple[float, float]]] = [[] for _ in ways]
     for turn in range(ROUNDS + 1):
-        for way, held in zip(ways, seconds, strict=True):
+        for way, held in zip(ways, taken, strict=True):
             shutil.rmtree(output, ignore_errors=True)
-            started = time.perf_counter()
+            started, busy = time.perf_counter(), time.process_time()
             way()
             if turn:  # the first warms up
-                held.append(time.perf_counter() - started)
+                held.append((time.perf_counter() - started, time.process_time() - busy))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(*(statistics.median(held) for held in seconds), peak)
+    medians = [[statistics.median(each) for each in zip(*held, strict=True)] for held in taken]
+    print(json.dumps([*medians, peak]))
 
 
 def main() -> None:
@@ -126,13 +153,15 @@ def main() -> None:
         nbytes = write_model(model, blocks)
         command = [sys.executable, "-m", "flightquant.benchmarks.files", "child", str(model), str(output)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        one, two, quantized, peak = map(float, done.stdout.split())
-    print(f"{nbytes / 1e9:.2f} GB of bfloat16, median of {ROUNDS}; load {os.getloadavg()[0]:.1f}")
-    print(f"read, 1 thread   {nbytes / one / 1e9:6.2f} GB/s")
-    print(f"read, 2 threads  {nbytes / two / 1e9:6.2f} GB/s")
-    shares = f"{one / quantized:.2f} and {two / quantized:.2f} of reading"
-    print(f"int4, 2 threads  {nbytes / quantized / 1e9:6.2f} GB/s, {shares}")
-    print(f"peak memory      {peak / 1024:6.0f} MiB")
+        *taken, peak = json.loads(done.stdout)
+    reading = [seconds for seconds, _ in taken[:3]]
+    print(f"{nbytes / 1e9:.2f} GB of bfloat16, medians of {ROUNDS}; load {os.getloadavg()[0]:.1f}")
+    for name, seconds in zip(("read, 1 thread", "read, 2 threads", "looked at, mapped"), reading, strict=True):
+        print(f"{name:<26} {nbytes / seconds / 1e9:6.2f} GB/s")
+    for name, (seconds, busy) in zip(("int4", "int4, without quality"), taken[3:], strict=True):
+        shares = ", ".join(f"{each / seconds:.2f}" for each in reading)
+        print(f"{name:<26} {nbytes / seconds / 1e9:6.2f} GB/s, {shares} of these; {busy:.2f} s of CPU time")
+    print(f"{'peak memory':<26} {peak / 1024:6.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from flightquant.client.recipes import Plan, kept_modules
 from flightquant.client.safetensors import FLOATS
 from flightquant.client.sources import TensorMeta
 from flightquant.errors import InvalidRequestError
+from flightquant.quantized import packed_data
 from flightquant.reference import dynamic8, matrix_shape, packed_bytes, scale_count
 from flightquant.reference.nf4 import VALUES
 from flightquant.schemes import NESTED, SCHEMES, LayerSpec
@@ -78,7 +79,7 @@ def contents(batch: pa.RecordBatch, row: int, spec: LayerSpec, dtype: str) -> di
     """The bytes of the tensors that :func:`entries` names, from one good answer row."""
     name = batch.column("layer_name")[row].as_py()
     shape = tuple(batch.column("shape")[row].as_py())
-    data = np.frombuffer(batch.column("quantized_data")[row].as_buffer(), np.uint8)
+    data = np.frombuffer(packed_data(batch, row), np.uint8)
     scales = batch.column("scales")[row].values.to_numpy(zero_copy_only=True)
     made = {name: data, f"{name}.absmax": scales, f"{name}.quant_map": VALUES[spec.scheme.name]}
     offset = 0.0

@@ -21,6 +21,7 @@ import pyarrow as pa
 from flightquant.client.recipes import Plan, kept_modules, module_of
 from flightquant.client.sources import TensorMeta
 from flightquant.errors import InvalidRequestError
+from flightquant.quantized import packed_data
 from flightquant.reference import float8, matrix_shape, packed_bytes
 from flightquant.reference.integer import pack
 from flightquant.schemes import BLOCK_EDGE, SCHEMES, LayerSpec
@@ -113,7 +114,7 @@ def contents(batch: pa.RecordBatch, row: int, spec: LayerSpec, dtype: str) -> di
     name = batch.column("layer_name")[row].as_py()
     base, bits = module_of(name), spec.scheme.bits
     rows, cols = matrix_shape(tuple(batch.column("shape")[row].as_py()))
-    packed = np.frombuffer(batch.column("quantized_data")[row].as_buffer(), np.uint8)
+    packed = np.frombuffer(packed_data(batch, row), np.uint8)
     assert packed.size == packed_bytes(spec, rows, cols)  # noqa: S101 - the answer was made for this spec
     values = batch.column("scales")[row].values.to_numpy(zero_copy_only=True)
     groups = values[:-1] if spec.scheme.whole_scale else values

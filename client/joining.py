@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from flightquant.client.batching import Request
 from flightquant.errors import TooLargeError
+from flightquant.quantized import packed_data
 from flightquant.reference import matrix_shape, packings
 from flightquant.reference.quality import columns
 from flightquant.schemes import TRANSPOSED
@@ -103,7 +104,7 @@ class _Parts:
 
     def _packed(self, batches: list[pa.RecordBatch]) -> bytes:
         """The bytes of the whole layer."""
-        parts = [batch.column("quantized_data")[0].as_buffer() for batch in batches]
+        parts = [packed_data(batch, 0) for batch in batches]
         base = batches[0]
         packing = base.column("packing")[0].as_py()
         if packing not in (*TRANSPOSED, "onnx"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -198,6 +199,8 @@ def serve(
         )
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
+    # What comes while the process starts itself again waits, until a handler is there once more.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     tune_heap()
     try:
         run(config)

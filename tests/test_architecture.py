@@ -37,7 +37,7 @@ RULES = {
     "shared": Rule(
         frozenset({"shared"}),
         frozenset({"cython_core", "client"}),
-        r"__init__\.py|compat/models\.py",
+        r"__(init|main)__\.py|compat/models\.py",
         foreign=frozenset({"grpc", "prometheus_client", "pyarrow.flight"}),
     ),
     "cython_core": Rule(

@@ -129,6 +129,12 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    quality: Annotated[
+        bool,
+        typer.Option(
+            "--quality/--no-quality", help="Measure each layer's error, which takes about half of the kernels' time."
+        ),
+    ] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier call was cut off.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done: sizes and time.")] = False,
     report: Annotated[
@@ -183,7 +189,7 @@ def quantize(
         with QuantClient(
             server or LOCAL, credentials=access, timeout_s=timeout, retry=Retry(connect_s=CONNECT_S), n_threads=threads
         ) as client:
-            result = _convert(source, output, made, client, importance, resume=resume)
+            result = _convert(source, output, made, client, importance, quality=quality, resume=resume)
     if report is not None:
         write_page(report, result, source=model, output=output)
     if as_json:
@@ -220,14 +226,22 @@ def build_recipe(name: str | None, path: Path | None, options: dict[str, Any], k
 
 
 def _convert(
-    source: Source, output: str, recipe: Recipe, client: QuantClient, importance: str | None, *, resume: bool
+    source: Source,
+    output: str,
+    recipe: Recipe,
+    client: QuantClient,
+    importance: str | None,
+    *,
+    quality: bool,
+    resume: bool,
 ) -> Conversion:
     plan = plan_of(source, output, recipe)
     counts = None if importance is None else read_importance(importance, plan)
     with LayerProgress({name: source.tensors[name].nbytes for name in plan.commands}) as progress:
 
         def quantize_all(layers: Selection, command: Command) -> Iterator[pa.RecordBatch]:
-            return client.stream(layers, **command.options(), importance=counts, progress=progress.tell)
+            options = {**command.options(), "metrics": quality}
+            return client.stream(layers, **options, importance=counts, progress=progress.tell)
 
         return convert(source, output, recipe, quantize_all, resume=resume, already=progress.tell, importance=counts)
 

@@ -13,6 +13,7 @@ from flightquant.client.sinks.work import PlacedFile
 from flightquant.client.sources import Tensor
 from flightquant.client.sources.gguf import GGUFSource
 from flightquant.errors import InvalidRequestError
+from flightquant.quantized import packed_data
 from flightquant.reference import matrix_shape, packed_bytes
 from flightquant.schemes import SCHEMES
 
@@ -106,7 +107,7 @@ class GGUFSink(Sink):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
     def _write_row(self, batch: pa.RecordBatch, row: int, name: str) -> int:
-        data = batch.column("quantized_data")[row].as_buffer()
+        data = packed_data(batch, row)
         self._file.write(self._start + self._places[name], data)
         return int(data.size)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from flightquant.errors import InvalidRequestError
@@ -45,6 +46,14 @@ def quantized_batches(answers: pa.Table | pa.RecordBatch) -> Iterator[pa.RecordB
     for batch in table.to_batches():
         if batch.num_rows:
             yield batch
+
+
+def packed_data(batch: pa.RecordBatch, row: int) -> pa.Buffer:
+    """The bytes of ``quantized_data`` in one row, sharing the batch's memory: Arrow's scalar would be a copy."""
+    cell = batch.column("quantized_data").slice(row, 1)
+    _, offsets, data = cell.buffers()
+    begin, end = np.frombuffer(offsets, np.int32, 2, cell.offset * 4).tolist()
+    return pa.py_buffer(b"") if data is None else data.slice(begin, end - begin)
 
 
 def _least(besides: str) -> list[pa.Field]:

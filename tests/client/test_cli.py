@@ -64,6 +64,16 @@ def test_quantize_writes_a_file_and_tells_what_it_did(run: Run, model: Path, tmp
     assert stored["layers.10.up.weight_scale"].shape == (96, 2)
 
 
+def test_errors_that_nobody_wants_to_know_are_not_measured(run: Run, model: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    out, _ = run("quantize", model, "-o", tmp_path / "a.safetensors", "--no-quality", "--json", "--report", page)
+    assert {each["sqnr_db"] for each in json.loads(out)["layers"]} == {None}
+    assert "Not measured." in page.read_text()
+    run("quantize", model, "-o", tmp_path / "b.safetensors", "--no-quality")
+    run("quantize", model, "-o", tmp_path / "c.safetensors")
+    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -22,10 +23,12 @@ import pyarrow as pa
 import pytest
 from fq_flight import Reply, check_error, eventually, exchange, fails, open_exchange
 from fq_process import ServerProcess, command, server_process
+from fq_signals import ENDS, start_and_stop
 from fq_testing import request
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pyarrow import flight
 
+from flightquant.server import heap
 from flightquant.server.app import running_server
 from flightquant.server.config import ServerConfig
 
@@ -148,10 +151,12 @@ def test_a_stream_whose_client_does_not_read_is_cut_when_the_grace_period_ends()
 
 def test_a_stream_that_does_not_end_in_time_is_told() -> None:
     with server_process("--grace-s", "2") as server, flight.connect(server.location) as client:
-        threading.Timer(0.3, server.signal, [signal.SIGTERM]).start()
 
         def slowly() -> Any:
-            for _ in count():
+            for i in count():
+                if i == 1:
+                    eventually(lambda: metric(server, "calls_in_flight") == 1, "the call does not come in", 60)
+                    server.signal(signal.SIGTERM)
                 time.sleep(0.02)
                 yield BATCH
 
@@ -309,3 +314,61 @@ def test_a_draining_embedded_server_tells_calls_that_stay() -> None:
         started.wait(20)
     thread.join()
     assert check_error(errors[0])["code"] == "draining"
+
+
+LOADS = """
+import sys, time, types
+loading = types.ModuleType("flightquant.client.cli")
+loading.main = lambda: print("loading", flush=True) or time.sleep(600)
+sys.modules["flightquant.client"] = types.ModuleType("flightquant.client")
+sys.modules["flightquant.client.cli"] = loading
+from flightquant.__main__ import main
+sys.argv = ["flightquant", "serve"]
+main()
+"""
+
+
+def test_a_signal_ends_it_while_it_loads() -> None:
+    """Also as process 1, for which an unhandled signal is ignored, as here."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        server = subprocess.Popen([sys.executable, "-c", LOADS], stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "loading\n"
+        server.send_signal(signal.SIGTERM)
+        try:
+            assert server.wait(60) == 128 + signal.SIGTERM
+        finally:
+            server.kill()
+
+
+HOLDS = """
+import os, signal, threading
+from flightquant.server import cli
+def execv(path, words):
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+    execute(path, [path, "-m", "flightquant", "serve"])
+execute, os.execv = os.execv, execv
+cli.serve()
+"""
+
+
+def test_a_signal_is_kept_while_it_starts_itself_again() -> None:
+    variables = {name: value for name, value in os.environ.items() if name != heap.VARIABLE}
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        done = subprocess.run([sys.executable, "-c", HOLDS], env=variables, capture_output=True, timeout=60)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert done.stdout == b""
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_signal_at_any_moment_ends_it(number: int) -> None:
+    """``python tests/fq_signals.py`` does this some hundred times."""
+    how, _ = start_and_stop(np.random.default_rng([3, number]), latest_s=1.5, hangs_s=60)
+    assert how in ENDS.values()
