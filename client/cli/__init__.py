@@ -26,6 +26,10 @@ _EXTRAS = {
 _NO_MEMORY = "there is not enough memory; some layers and their answers must fit into it"
 
 
+class InterruptedCommandError(Exception):
+    """Ctrl-C came while a command ran; its arguments are what else there is to say."""
+
+
 def main() -> None:
     """Run ``flightquant`` with the process's arguments and exit."""
     try:
@@ -59,8 +63,10 @@ def main() -> None:
                 "the system starts no more threads for this process; raise its limits, or give --threads 1", error
             )
         )
-    except KeyboardInterrupt as error:
-        fail(_with_notes("interrupted", error), 130)
+    except InterruptedCommandError as error:
+        fail("; ".join(["interrupted", *error.args]), 130)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
 
 
 def _with_notes(text: str, error: BaseException) -> str:

@@ -5,21 +5,35 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from flightquant import __version__
-from flightquant.client.cli import fail
+from flightquant.client.cli import InterruptedCommandError, fail
 from flightquant.client.cli.compare import JsonFlag, dequantize, ping, verify
 from flightquant.client.cli.quantize import EXAMPLES, quantize
 from flightquant.client.cli.report import console, print_inspection, print_json, print_schemes, scheme_rows
 from flightquant.client.sources import open_source
 
+
+class _Commands(TyperGroup):
+    """The commands; what Ctrl-C interrupts is told by us, where typer would end without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise InterruptedCommandError(*getattr(error, "__notes__", ())) from None
+
+
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
     name="flightquant",
+    cls=_Commands,
     help="Exact quantization of neural-network weights at memory speed, in-process or over Arrow Flight.",
     epilog="Exit codes: 0; 1 for a failure; 2 for wrong usage; 3 where verify found layers beyond a threshold; 130 "
     "after Ctrl-C.",

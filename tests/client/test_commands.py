@@ -310,6 +310,7 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     ),
     "no place for the report": (["quantize", "MODEL", "-o", "out", "--report", "no/r.html"], 1, "no/r.html: No such"),
     "a shard is missing": (["quantize", "SHARDS", "-o", "out"], 1, "shards/gone.safetensors: No such file"),
+    "Ctrl-C": (["quantize", "MODEL", "-o", "out", "--threads", "5"], 130, "interrupted; what is written stays"),
     "no memory": (["quantize", "MODEL", "-o", "out", "--threads", "3"], 1, "there is not enough memory"),
     "no thread": (["quantize", "MODEL", "-o", "out", "--threads", "4"], 1, "the system starts no more threads"),
 }
@@ -319,6 +320,12 @@ BROKEN = {
     "no room": "shutil.disk_usage = lambda path: type('', (), {'free': 10})\n",
     "no memory": "import pyarrow as pa\nfrom flightquant.client.cli import quantize\n"
     "def convert(*arguments, **options): raise pa.ArrowMemoryError('malloc of size 64 failed')\n"
+    "quantize.convert = convert\n",
+    "Ctrl-C": "from flightquant.client.cli import quantize\n"
+    "def convert(*arguments, **options):\n"
+    "    error = KeyboardInterrupt()\n"
+    "    error.add_note('what is written stays')\n"
+    "    raise error\n"
     "quantize.convert = convert\n",
     "no thread": "import threading\nfrom flightquant.client.cli import quantize\n"
     'def start(thread): raise RuntimeError("can\'t start new thread")\n'
