@@ -142,7 +142,11 @@ def _vectors(uri: str) -> dict[str, F32]:
     """Every float vector of a file, by name; the means of an importance matrix of llama.cpp."""
     if uri.endswith(".npz"):
         try:
-            with place(uri).open() as file, np.load(io.BytesIO(file.read())) as stored:
+            with place(uri).open() as file:
+                raw = file.read()
+            if not zipfile.is_zipfile(io.BytesIO(raw)):
+                raise zipfile.BadZipFile("it is no zip archive")
+            with np.load(io.BytesIO(raw)) as stored:
                 arrays = {name: np.asarray(stored[name], np.float32) for name in stored.files}
         except (ValueError, EOFError, zipfile.BadZipFile) as error:
             raise InvalidRequestError(f"{uri} is no good npz file: {str(error)[:200]}", field="importance") from None

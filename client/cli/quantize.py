@@ -33,6 +33,8 @@ from flightquant.spec import CALIBRATIONS, Command
 
 CONNECT_S = 3.0
 """How long a server is tried that cannot be reached: who waits at a terminal has most likely mistyped its address."""
+MAX_THREADS = 1024
+"""Where the system gives no more, the thread library ends the process with words of its own."""
 EXAMPLES = """
 [bold]Examples[/]
 
@@ -161,10 +163,11 @@ def quantize(
         Path | None, typer.Option(metavar="FILE", help="PEM file of the server's authority.", show_default=False)
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option(metavar="S", help="Deadline of each call to the server.", show_default=False)
+        float | None, typer.Option(metavar="S", min=0, help="Deadline of each call to the server.", show_default=False)
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="Compute threads on this machine.", show_default="all it may use")
+        int | None,
+        typer.Option(min=1, max=MAX_THREADS, help="Compute threads on this machine.", show_default="all it may use"),
     ] = None,
 ) -> None:
     """Quantize a model into what vLLM, transformers or llama.cpp loads, or into a table.
@@ -183,6 +186,8 @@ def quantize(
         "target": target,
     }
     made = build_recipe(preset, recipe, options, keep or [])
+    if report is not None:
+        report.touch()  # where it cannot be written, better now than after the work
     with open_source(model) as source:
         if dry_run:
             _show_plan(source, output, made, as_json=as_json, local=server is None, threads=threads)
@@ -247,7 +252,8 @@ def build_recipe(name: str | None, path: Path | None, options: dict[str, Any], k
     keys |= given
     patterns = [pattern for each in keep for pattern in each.split(",") if pattern.strip()]
     kept = keys.get("keep", [])
-    keys["keep"] = [*(kept.split(",") if isinstance(kept, str) else kept), *patterns]
+    if isinstance(kept, str | list):  # else the recipe is wrong, which is told where all of it is looked at
+        keys["keep"] = [*(kept.split(",") if isinstance(kept, str) else kept), *patterns]
     return Recipe.parse(keys)
 
 
