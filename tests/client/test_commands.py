@@ -135,9 +135,10 @@ def test_importance_comes_from_a_recipe(model: Path, tmp_path: Path) -> None:
     chosen = {name: vector for name, vector in counts.items() if ".2." not in name}
     for key, used in (("a.npz", counts), ({"*.0.*": "a.npz", "*.1.up": str(tmp_path / "a.npz")}, chosen)):
         recipe.write_text(json.dumps({"scheme": "iq4_nl", "importance": key}))
-        flightquant_("quantize", model, "-o", tmp_path / "q.parquet", "--recipe", recipe)
+        output = tmp_path / f"{len(used)}.parquet"
+        flightquant_("quantize", model, "-o", output, "--recipe", recipe)
         wanted = flightquant.quantize(layers, "iq4_nl", importance=used)
-        got = pq.read_table(tmp_path / "q.parquet", columns=["quantized_data"])
+        got = pq.read_table(output, columns=["quantized_data"])
         assert got.column("quantized_data").to_pylist() == wanted.column("quantized_data").to_pylist()
     recipe.write_text(json.dumps({"scheme": "iq4_nl", "importance": ["a.npz"]}))
     asked = ("quantize", model, "-o", tmp_path / "q.parquet", "--recipe", recipe)
