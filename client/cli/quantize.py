@@ -25,7 +25,9 @@ from flightquant.client.recipes import OPTION_KEYS, TARGETS, Recipe, available_p
 from flightquant.client.safetensors import FLOATS
 from flightquant.client.sinks import sizes
 from flightquant.client.sources import Source, open_source
+from flightquant.errors import InvalidRequestError
 from flightquant.layers import Layer
+from flightquant.reference.numeric import F32
 from flightquant.schemes import GRANULARITIES, SCALE_DTYPES, SCHEMES
 from flightquant.spec import CALIBRATIONS, Command
 
@@ -194,13 +196,36 @@ def quantize(
         with QuantClient(
             server or LOCAL, credentials=access, timeout_s=timeout, retry=Retry(connect_s=CONNECT_S), n_threads=threads
         ) as client:
-            result = _convert(source, output, made, client, importance, quality=quality, resume=resume)
+            files = importance_files(recipe, importance)
+            result = _convert(source, output, made, client, files, quality=quality, resume=resume)
     if report is not None:
         write_page(report, result, source=model, output=output)
     if as_json:
         typer.echo(json.dumps(conversion_facts(result, output)))
     else:
         print_conversion(console(), result, output)
+
+
+def importance_files(path: Path | None, given: str | None) -> dict[str, str]:
+    """The file of each pattern of layers: the option's for all, else those of the recipe's key ``importance``.
+
+    The recipe's paths are taken from where it lies.
+
+    Raises
+    ------
+    InvalidRequestError
+        The recipe holds something else there.
+    """
+    if given is not None or path is None:
+        return {"*": given} if given is not None else {}
+    told = read_recipe(path).get("importance", {})
+    files = {"*": told} if isinstance(told, str) else told
+    if not isinstance(files, dict) or not all(isinstance(each, str) for pair in files.items() for each in pair):
+        raise InvalidRequestError(
+            f'"importance" in {path.name} is {str(told)[:80]}; expected a file, or a file for each pattern of layers',
+            field="importance",
+        )
+    return {pattern: file if "://" in file else str(path.parent / file) for pattern, file in files.items()}
 
 
 def build_recipe(name: str | None, path: Path | None, options: dict[str, Any], keep: list[str]) -> Recipe:
@@ -217,6 +242,7 @@ def build_recipe(name: str | None, path: Path | None, options: dict[str, Any], k
     if path is not None:
         read = read_recipe(path)
         keys = {**keys, **preset(read.pop("preset"))} if "preset" in read else keys
+        read.pop("importance", None)  # no part of how a layer is quantized: importance_files
         keys |= read
     given = {key: value for key, value in options.items() if value is not None}
     if "scheme" in given:
@@ -236,18 +262,20 @@ def _convert(
     output: str,
     recipe: Recipe,
     client: QuantClient,
-    importance: str | None,
+    importance: dict[str, str],
     *,
     quality: bool,
     resume: bool,
 ) -> Conversion:
     plan = plan_of(source, output, recipe)
-    counts = None if importance is None else read_importance(importance, plan)
+    counts: dict[str, F32] = {}
+    for pattern, file in importance.items():
+        counts |= read_importance(file, plan, pattern)
     with LayerProgress({name: source.tensors[name].nbytes for name in plan.commands}) as progress:
 
         def quantize_all(layers: Selection, command: Command) -> Iterator[pa.RecordBatch]:
             options = {**command.options(), "metrics": quality}
-            return client.stream(layers, **options, importance=counts, progress=progress.tell)
+            return client.stream(layers, **options, importance=counts or None, progress=progress.tell)
 
         return convert(source, output, recipe, quantize_all, resume=resume, already=progress.tell, importance=counts)
 

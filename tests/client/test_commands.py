@@ -20,9 +20,10 @@ from safetensors import numpy as official
 import flightquant
 from flightquant.client.cli.quantize import build_recipe
 from flightquant.client.convert import plan_of, read_importance
-from flightquant.client.recipes import PRESETS, available_presets
+from flightquant.client.recipes import PRESETS, Recipe, available_presets
 from flightquant.client.sources import open_source
 from flightquant.client.stored import open_dequantized
+from flightquant.errors import InvalidRequestError
 from flightquant.schemes import SCHEMES
 from flightquant.server.app import running_server
 
@@ -122,6 +123,28 @@ def test_importance_comes_from_a_file(model: Path, tmp_path: Path, kind: str) ->
     got = pq.read_table(tmp_path / "q.parquet", columns=["layer_name", "quantized_data"]).to_pylist()
     data = wanted.column("quantized_data").to_pylist()
     assert got == [{"layer_name": name, "quantized_data": each} for name, each in zip(layers, data, strict=True)]
+
+
+def test_importance_comes_from_a_recipe(model: Path, tmp_path: Path) -> None:
+    """A file for all layers or for those of a pattern, beside the recipe."""
+    rng = np.random.default_rng(10)
+    layers = {name: array for name, array in weights().items() if ".up." in name}
+    counts = {name: (rng.standard_normal(256) ** 2).astype(np.float32) for name in layers}
+    np.savez(tmp_path / "a.npz", **counts)
+    recipe = tmp_path / "recipe.json"
+    chosen = {name: vector for name, vector in counts.items() if ".2." not in name}
+    for key, used in (("a.npz", counts), ({"*.0.*": "a.npz", "*.1.up": str(tmp_path / "a.npz")}, chosen)):
+        recipe.write_text(json.dumps({"scheme": "iq4_nl", "importance": key}))
+        output = tmp_path / f"{len(used)}.parquet"
+        flightquant_("quantize", model, "-o", output, "--recipe", recipe)
+        wanted = flightquant.quantize(layers, "iq4_nl", importance=used)
+        got = pq.read_table(output, columns=["quantized_data"])
+        assert got.column("quantized_data").to_pylist() == wanted.column("quantized_data").to_pylist()
+    recipe.write_text(json.dumps({"scheme": "iq4_nl", "importance": ["a.npz"]}))
+    asked = ("quantize", model, "-o", tmp_path / "q.parquet", "--recipe", recipe)
+    assert "a file for each pattern" in flightquant_(*asked, code=1)[1]
+    with pytest.raises(InvalidRequestError, match="importance"):  # a server's caller names no files there
+        Recipe.parse({"scheme": "iq4_nl", "importance": "a.npz"})
 
 
 def test_importance_that_does_nothing_is_an_error(model: Path, tmp_path: Path) -> None:
