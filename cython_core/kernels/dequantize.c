@@ -437,8 +437,9 @@ FQ_INLINE void compare_span(const fq_job *job, int64_t begin, int64_t n, float *
   const int64_t padded = round_up(n, FQ_LANES);
   const float *x = load_span(job, begin, n, buffer);
   fetcher next = fetch_from(job, begin + n);
+  fetch_vectors(&next, (uintptr_t)(padded / FQ_LANES / 4 * 3));
   pi highs, lows;
-  range_lanes(&next, x, padded, 1, &highs, &lows);
+  range_lanes(x, padded, 1, &highs, &lows);
   if (pi_highest(highs) >= FQ_INFINITY_BITS)
     note_bad(x, begin, n, result);
   for (int64_t i = n; i < padded; i++)
