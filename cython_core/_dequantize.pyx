@@ -2,25 +2,33 @@
 
 from cython.parallel cimport prange
 from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, malloc
 
 cdef extern from "fq.h" nogil:
     enum:
         FQ_TILE
+        FQ_EDGE
+        FQ_GPTQ
+        FQ_GPTQ_V2
+        FQ_AWQ
+        FQ_NESTED
+        FQ_REPACK_ROWS
     ctypedef struct fq_job:
         const void *weights
         uint8_t *data
         float *scales
         float *zeros
         int64_t n, unit, cols, row_bytes
-        int32_t packing, family, dtype, bits, shared_scale, restored_dtype
+        uint8_t *packed
+        float *outer
+        int32_t packing, family, dtype, bits, shared_scale, in_blocks, restored_dtype
         void *restored
     ctypedef struct fq_result:
         double sum_x2, sum_e2, sum_xe
         float max_error
         int64_t first_bad, nanoseconds
     ctypedef struct fq_kernels:
-        int (*restores)(int32_t family) noexcept nogil
+        void (*unpack)(const fq_job *job, int64_t row, int64_t end) noexcept nogil
         void (*restore)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) noexcept nogil
     const fq_kernels *fq_find(const char *name)
 
@@ -35,14 +43,14 @@ cdef extern from "<time.h>" nogil:
 
 RESTORE_FIELDS = (
     "weights", "data", "scales", "zeros", "restored", "n", "unit", "cols", "row_bytes", "family", "dtype", "bits",
-    "shared_scale", "restored_dtype", "packing",
+    "shared_scale", "restored_dtype", "packing", "in_blocks",
 )
 """Columns of the matrix of jobs that :class:`Restorer` takes. The first five are addresses, 0 for none; the others are
 those of ``fq_job`` (kernels/fq.h)."""
 
 cdef enum:
     WEIGHTS, DATA, SCALES, ZEROS, RESTORED, N, UNIT, COLS, ROW_BYTES, FAMILY, DTYPE, BITS, SHARED_SCALE, RESTORED_DTYPE
-    PACKING, JOB_COLUMNS
+    PACKING, IN_BLOCKS, JOB_COLUMNS
 
 
 cdef const fq_kernels *kernels_of(str isa) except NULL:
@@ -50,11 +58,6 @@ cdef const fq_kernels *kernels_of(str isa) except NULL:
     if found == NULL:
         raise ValueError(f"this machine has no instruction set {isa!r}")
     return found
-
-
-def restores(str isa, int32_t family):
-    """Whether the kernels of ``isa`` restore this family (a value of ``FAMILIES``)."""
-    return bool(kernels_of(isa).restores(family))
 
 
 cdef int64_t now() noexcept nogil:
@@ -68,22 +71,29 @@ cdef struct Tile:
 
 
 cdef class Restorer:
-    """Jobs cut into tiles; ``run`` may take them in any slices and with any number of threads: the bits are the same.
+    """Jobs cut into tiles; every step may run with any number of threads and gives the same bits.
+
+    Call ``unpack`` over all of ``unpack_tiles``, then ``run`` over all of ``tiles`` (each in any slices), then
+    ``finish``.
 
     ``owner`` keeps the memory behind every address for as long as this lives: a caller that is interrupted may be gone
     before the kernels are.
     """
 
     cdef readonly int64_t tiles
+    cdef readonly int64_t unpack_tiles
     cdef const fq_kernels *_kernels
     cdef fq_job *_jobs
     cdef Tile *_tiles
+    cdef Tile *_unpack_tiles
+    cdef int64_t *_unpack_ns
+    cdef uint8_t *_unpacked
     cdef fq_result *_results
     cdef object _owner
     cdef int64_t _n_jobs
 
     def __cinit__(self, const int64_t[:, ::1] jobs, str isa, owner):
-        """Plan jobs of shape (jobs, len(RESTORE_FIELDS)), each of a family that ``isa`` restores.
+        """Plan jobs of shape (jobs, len(RESTORE_FIELDS)), each of a value of ``FAMILIES``.
 
         A job with ``restored`` writes its weights there; one with ``weights`` compares them with those.
         """
@@ -97,8 +107,6 @@ cdef class Restorer:
             raise MemoryError()
         cdef int64_t i, count = 0
         for i in range(self._n_jobs):
-            if not self._kernels.restores(<int32_t>jobs[i, FAMILY]):
-                raise ValueError(f"no kernel restores family {jobs[i, FAMILY]}")
             self._fill_job(i, &jobs[i, 0])
             count += self._cut(i, NULL, 0)
         self._tiles = <Tile *>calloc(max(count, 1), sizeof(Tile))
@@ -109,6 +117,7 @@ cdef class Restorer:
             self.tiles += self._cut(i, self._tiles, self.tiles)
         for i in range(self.tiles):
             self._results[i].first_bad = -1
+        self._lay_out_unpacked()
 
     cdef void _fill_job(self, int64_t i, const int64_t *row) noexcept:
         cdef fq_job *job = &self._jobs[i]
@@ -120,15 +129,20 @@ cdef class Restorer:
         job.n, job.unit, job.cols, job.row_bytes = row[N], row[UNIT], row[COLS], row[ROW_BYTES]
         job.family, job.dtype, job.bits = row[FAMILY], row[DTYPE], row[BITS]
         job.shared_scale, job.restored_dtype, job.packing = row[SHARED_SCALE], row[RESTORED_DTYPE], row[PACKING]
+        job.in_blocks = row[IN_BLOCKS]
+        if job.packing == FQ_NESTED:
+            job.packed, job.outer, job.scales = job.data + (job.n + 1) // 2, job.scales, NULL
 
     cdef int64_t _cut(self, int64_t i, Tile *to, int64_t at) noexcept:
         """Count a job's tiles, and write them from index ``at`` on if ``to`` is given: the cut of ``Plan``."""
         cdef const fq_job *job = &self._jobs[i]
         cdef int64_t begin = 0, end, count = 0
         cdef int64_t step = FQ_TILE // job.unit * job.unit if job.unit <= FQ_TILE else FQ_TILE
+        if job.in_blocks:
+            step = FQ_EDGE * job.cols
         while begin < job.n:
             end = begin + step
-            if job.unit > FQ_TILE:
+            if job.unit > FQ_TILE and not job.in_blocks:
                 end = min(end, begin - begin % job.unit + job.unit)
             end = min(end, job.n)
             if to != NULL:
@@ -137,10 +151,57 @@ cdef class Restorer:
             begin = end
         return count
 
+    cdef int _lay_out_unpacked(self) except -1:
+        """Memory and tiles of the jobs whose codes are turned to rows first: as many bytes as they are given in."""
+        cdef int64_t i, row, rows, count = 0, nbytes = 0
+        cdef fq_job *job
+        for i in range(self._n_jobs):
+            job = &self._jobs[i]
+            if job.packing in (FQ_GPTQ, FQ_GPTQ_V2, FQ_AWQ):
+                rows = job.n // job.cols
+                nbytes += rows * job.row_bytes
+                count += (rows + FQ_REPACK_ROWS - 1) // FQ_REPACK_ROWS
+        self._unpacked = <uint8_t *>malloc(max(nbytes, 1))
+        self._unpack_tiles = <Tile *>calloc(max(count, 1), sizeof(Tile))
+        self._unpack_ns = <int64_t *>calloc(max(count, 1), sizeof(int64_t))
+        if self._unpacked == NULL or self._unpack_tiles == NULL or self._unpack_ns == NULL:
+            raise MemoryError()
+        nbytes = 0
+        for i in range(self._n_jobs):
+            job = &self._jobs[i]
+            if job.packing not in (FQ_GPTQ, FQ_GPTQ_V2, FQ_AWQ):
+                continue
+            job.packed = self._unpacked + nbytes
+            rows, row = job.n // job.cols, 0
+            nbytes += rows * job.row_bytes
+            while row < rows:
+                self._unpack_tiles[self.unpack_tiles] = Tile(i, row, min(row + FQ_REPACK_ROWS, rows))
+                self.unpack_tiles += 1
+                row += FQ_REPACK_ROWS
+        return 0
+
     def __dealloc__(self):
         free(self._jobs)
         free(self._tiles)
         free(self._results)
+        free(self._unpacked)
+        free(self._unpack_tiles)
+        free(self._unpack_ns)
+
+    def unpack(self, int64_t first, int64_t last, int n_threads):
+        """Turn the tiles from ``first`` up to ``last`` of those whose codes do not lie in rows."""
+        cdef int64_t i
+        if not 0 <= first <= last <= self.unpack_tiles:
+            raise IndexError(f"tiles {first} to {last} of {self.unpack_tiles}")
+        with nogil:
+            for i in prange(first, last, num_threads=n_threads, schedule="dynamic", chunksize=1):
+                self._unpack_one(i)
+
+    cdef void _unpack_one(self, int64_t i) noexcept nogil:
+        cdef int64_t start = now()
+        cdef Tile *tile = &self._unpack_tiles[i]
+        self._kernels.unpack(&self._jobs[tile.job], tile.begin, tile.end)
+        self._unpack_ns[i] = now() - start
 
     def run(self, int64_t first, int64_t last, int n_threads):
         """Restore the tiles from ``first`` up to ``last``."""
@@ -179,6 +240,8 @@ cdef class Restorer:
             sums[j, 0] = sums[j, 1] = sums[j, 2] = sums[j, 3] = 0
             first_bad[j] = -1
             nanoseconds[j] = 0
+        for i in range(self.unpack_tiles):
+            nanoseconds[self._unpack_tiles[i].job] += self._unpack_ns[i]
         for i in range(self.tiles):
             part, j = &self._results[i], self._tiles[i].job
             sums[j, 0] += part.sum_x2

@@ -30,6 +30,7 @@ class PlainCall:
     def __init__(
         self,
         answer: pa.Schema,
+        scheme: str,
         sources: list[tuple[int, int]],
         places: tuple[int, int, int, int],
         spec: npt.NDArray[np.int64],
@@ -58,4 +59,6 @@ class PlainWork:
     def bytes_out(self) -> int: ...
     @property
     def kernel_ns(self) -> int: ...
+    @property
+    def layers(self) -> list[tuple[str, str, int, int]]: ...
     def finish(self) -> pa.RecordBatch | None: ...

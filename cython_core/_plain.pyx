@@ -8,6 +8,7 @@ to the general path, which knows what is wrong with it, and what is answered her
 
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
+from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stdint cimport int32_t, int64_t, uintptr_t
 from libc.stdlib cimport malloc
 from libc.string cimport memcpy, memset
@@ -148,6 +149,8 @@ cdef class PlainCall:
     ----------
     answer : Schema
         Of the answers.
+    scheme : str
+        Its name.
     sources : list of (int, int)
         For each column of an answer: a kind (0 constant, 1 of the request, 2 an output) and the number of that column
         among the constants, in the request, or in OUTPUT_COLUMNS.
@@ -166,7 +169,7 @@ cdef class PlainCall:
 
     cdef object _answer, _spec, _constants
     cdef dict _rooms
-    cdef str _isa
+    cdef str _scheme, _isa
     cdef bint _measure
     cdef int _columns
     cdef int[64] _kinds
@@ -175,14 +178,14 @@ cdef class PlainCall:
     cdef int64_t _value_bytes, _offset_bytes, _list_size, _divisor, _max_bytes, _max_name_bytes, _max_dims
 
     def __init__(
-        self, answer, list sources, tuple places, spec, str isa, bint measure, int64_t value_bytes,
+        self, answer, str scheme, list sources, tuple places, spec, str isa, bint measure, int64_t value_bytes,
         int64_t offset_bytes, int64_t list_size, int64_t divisor, int64_t max_layer_bytes, int64_t max_name_bytes,
         int64_t max_dims, constants,
     ):
         if len(sources) > 64:
             raise ValueError(f"{len(sources)} columns; expected at most 64")
         self._answer, self._spec, self._constants, self._rooms = answer, spec, constants, {}
-        self._isa, self._measure, self._columns = isa, measure, len(sources)
+        self._scheme, self._isa, self._measure, self._columns = scheme, isa, measure, len(sources)
         for i, (kind, number) in enumerate(sources):
             self._kinds[i], self._numbers[i] = kind, number
         self._name_at, self._weights_at, self._shape_at, self._row_offset_at = places
@@ -302,6 +305,8 @@ cdef class PlainWork:
         Weights of the batch, bytes of its outputs, and nanoseconds spent on it.
     sums : float64 array of shape (rows, 4)
         Quality sums.
+    layers : list of (str, str, int, int)
+        Of each layer its name, scheme, nanoseconds and bytes of weights.
     """
 
     cdef PlainCall _call
@@ -310,6 +315,7 @@ cdef class PlainWork:
     cdef char *_outputs[3]
     cdef readonly object plan
     cdef readonly object sums
+    cdef readonly list layers
     cdef readonly int64_t weights, bytes_out, kernel_ns
 
     cdef bint _prepare(self) except -1:
@@ -360,6 +366,7 @@ cdef class PlainWork:
             return None
         if self._call._measure:
             quality_columns(self.sums, *room.quality)
+        self.layers = self._list_layers(held.request.children[self._call._name_at])
         cdef ArrowArray answer
         self._fill(&answer)
         try:
@@ -367,6 +374,19 @@ cdef class PlainWork:
         finally:
             if answer.release != NULL:
                 answer.release(&answer)
+
+    cdef list _list_layers(self, const ArrowArray *names):
+        """Name, scheme, nanoseconds and bytes of each layer."""
+        cdef Room room = self._held.room
+        cdef const char *text = <const char *>names.buffers[2]
+        cdef int64_t i, begin = read_offset(names, 4, 0), end
+        cdef list layers = []
+        for i in range(names.length):
+            end = read_offset(names, 4, i + 1)
+            name = PyUnicode_DecodeUTF8(text + begin, end - begin, NULL)
+            layers.append((name, self._call._scheme, room.spent[i], room.lengths[i] * self._call._value_bytes))
+            begin = end
+        return layers
 
     cdef void *_take(self, int64_t nbytes) noexcept:
         """Some bytes of the block."""

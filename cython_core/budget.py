@@ -12,9 +12,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 
 from flightquant.cython_core._quantize import pin_team
@@ -57,9 +56,8 @@ class Turns:
         self._free = threads
         self._waiting: deque[tuple[int, threading.Lock]] = deque()
 
-    @contextmanager
-    def hold(self, count: int) -> Iterator[None]:
-        """So many of the threads, after those who came before."""
+    def take(self, count: int) -> None:
+        """So many of the threads, after those who came before, until they are given back."""
         turn = None
         with self._lock:
             if self._waiting or self._free < count:
@@ -73,23 +71,21 @@ class Turns:
                 turn.acquire()
             except BaseException:  # Ctrl-C while waiting
                 with self._lock:
-                    if (count, turn) in self._waiting:
+                    waits = (count, turn) in self._waiting
+                    if waits:
                         self._waiting.remove((count, turn))
-                    else:
-                        self._give_back(count)
+                if not waits:
+                    self.give_back(count)
                 raise
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._give_back(count)
 
-    def _give_back(self, count: int) -> None:
-        self._free += count
-        while self._waiting and self._waiting[0][0] <= self._free:
-            wanted, turn = self._waiting.popleft()
-            self._free -= wanted
-            turn.release()
+    def give_back(self, count: int) -> None:
+        """What was taken; whose turn it is next goes on."""
+        with self._lock:
+            self._free += count
+            while self._waiting and self._waiting[0][0] <= self._free:
+                wanted, turn = self._waiting.popleft()
+                self._free -= wanted
+                turn.release()
 
 
 class ThreadBudget:
@@ -116,11 +112,17 @@ class ThreadBudget:
         """Call ``work``, a slice of work of so many tiles, with how many threads it may use; ``alone``: with one."""
         if alone or tiles <= self._inline_tiles or self.n_threads == 1:
             turns = self._tiny_turns if tiles <= TINY_TILES else self._turns
-            with turns.hold(1):
+            turns.take(1)
+            try:
                 work(1)
+            finally:
+                turns.give_back(1)
         else:
-            with self._turns.hold(self.n_threads):
+            self._turns.take(self.n_threads)
+            try:
                 self._executor.submit(work, self.n_threads).result()
+            finally:
+                self._turns.give_back(self.n_threads)
 
     def close(self) -> None:
         """End the dispatcher thread."""

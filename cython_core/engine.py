@@ -58,6 +58,8 @@ class Answer:
         Name, status and cost of each row: the answer itself where it has these columns.
     totals : EndMessage
         Of this batch alone.
+    layers : list of (str, str, int, int), optional
+        Of a usual batch, for each row its name, scheme, nanoseconds and bytes of weights, as ``costs`` has them.
     """
 
     batch: pa.RecordBatch
@@ -65,6 +67,7 @@ class Answer:
     seconds: dict[str, float]
     costs: pa.RecordBatch
     totals: EndMessage
+    layers: list[tuple[str, str, int, int]] | None = None
 
 
 class Engine:
@@ -143,15 +146,17 @@ class Engine:
         seconds = {"queue": 0.0, "kernel": 0.0}
         told = between or (lambda share: None)
         first, total = plan.reduce_tiles, plan.reduce_tiles + plan.tiles
-        self.in_slices(plan.reduce, first, should_stop, seconds, lambda share: told(share * first / total))
-        self.in_slices(plan.search, plan.search_tiles, should_stop, seconds)
+        if first:
+            self.in_slices(plan.reduce, first, should_stop, seconds, lambda share: told(share * first / total))
+        if plan.search_tiles:
+            self.in_slices(plan.search, plan.search_tiles, should_stop, seconds)
         plan.parameters()
         self.in_slices(
             plan.quantize, plan.tiles, should_stop, seconds, lambda share: told((first + share * plan.tiles) / total)
         )
-        self.in_slices(plan.repack, plan.repack_tiles, should_stop, seconds)
-        self.in_slices(plan.nest, plan.nested, should_stop, seconds)
-        self.in_slices(plan.compare, plan.compared, should_stop, seconds)
+        for step, tiles in ((plan.repack, plan.repack_tiles), (plan.nest, plan.nested), (plan.compare, plan.compared)):
+            if tiles:
+                self.in_slices(step, tiles, should_stop, seconds)
         return seconds
 
     def in_slices(
@@ -287,7 +292,7 @@ class Session:
         bytes_in = plain.weights * self.value_bytes
         totals = EndMessage(rows, 1, bytes_in, plain.bytes_out, kernel_ns=plain.kernel_ns)
         self.end.add(totals)
-        return Answer(answer, plain.sums, seconds, answer, totals)
+        return Answer(answer, plain.sums, seconds, answer, totals, plain.layers)
 
     def answer(
         self,

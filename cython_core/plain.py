@@ -50,6 +50,7 @@ def plain_call(request: Request, answer: pa.Schema, command: Command, limits: Li
     fixed = pa.types.is_fixed_size_list(weights)
     return PlainCall(
         answer,
+        spec.scheme.name,
         [places[name] for name in answer.names],
         tuple(schema.get_field_index(name) for name in ("layer_name", "weights", "shape", "row_offset")),
         spec_table((spec,), request.dtype),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from flightquant.cython_core._dequantize import RESTORE_FIELDS, Restorer, restores
+from flightquant.cython_core._dequantize import RESTORE_FIELDS, Restorer
 from flightquant.cython_core._memory import MIN_BYTES, OutputMemory
 from flightquant.cython_core._quantize import DTYPES, FAMILIES, PACKINGS
 from flightquant.cython_core.answer import NO_SCHEME, good_rows, quality, status_columns
@@ -20,14 +19,12 @@ from flightquant.cython_core.engine import Answer, Engine, abort_on
 from flightquant.cython_core.output import Buffer
 from flightquant.cython_core.validate import VALUE_BYTES, Limits
 from flightquant.cython_core.validate_quantized import CheckedRows, Ints, QuantizedRequest, check_rows
-from flightquant.errors import DeadlineError, TooLargeError
-from flightquant.reference import compare, dequantize_matrix, packed_bytes, unit_length
-from flightquant.reference.numeric import widen
-from flightquant.schemes import LayerSpec
+from flightquant.errors import TooLargeError
+from flightquant.reference import packed_bytes, unit_length
 from flightquant.spec import Command
 from flightquant.wire import RESTORED_VALUES, EndMessage, restored_schema, verified_schema
 
-_STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "float64": np.float64}
+_STORAGE = {"float32": np.float32, "float16": np.float16}
 
 
 @dataclass(slots=True)
@@ -62,36 +59,19 @@ def restore(
     results = Results(np.zeros((rows, 4)), np.zeros(rows, np.int64), {"queue": 0.0, "kernel": 0.0})
     first_bad = np.full(rows, -1, np.int64)
     todo = np.flatnonzero(checked.lengths)
-    by_kernel = np.array([_has_kernel(spec, engine.isa) for spec in checked.specs], bool)
-    fast = by_kernel[checked.spec_of_row[todo]] if todo.size else np.zeros(0, bool)
-    mine = todo[fast]
-    if mine.size:
-        jobs = _jobs(checked, mine, targets, target_dtype, weights_dtype)
+    if todo.size:
+        jobs = _jobs(checked, todo, targets, target_dtype, weights_dtype)
         plan = Restorer(jobs, engine.isa, checked)
+        engine.in_slices(plan.unpack, plan.unpack_tiles, should_stop, results.seconds)
         engine.in_slices(plan.run, plan.tiles, should_stop, results.seconds)
-        sums, bad, spent = np.empty((mine.size, 4)), np.empty(mine.size, np.int64), np.empty(mine.size, np.int64)
+        sums, bad, spent = np.empty((todo.size, 4)), np.empty(todo.size, np.int64), np.empty(todo.size, np.int64)
         plan.finish(sums, bad, spent)
-        results.sums[mine], first_bad[mine], results.nanoseconds[mine] = sums, bad, spent
-    for i in todo[~fast].tolist():
-        if should_stop is not None and should_stop():
-            raise DeadlineError("the call was cancelled or its time is over", field="deadline")
-
-        def slowly(first: int, last: int, n_threads: int, i: int = i) -> None:
-            started = time.perf_counter_ns()
-            first_bad[i] = _restore_slowly(checked, i, int(targets[i]), target_dtype, weights_dtype, results.sums)
-            results.nanoseconds[i] = time.perf_counter_ns() - started
-
-        engine.in_slices(slowly, 1, None, results.seconds)
+        results.sums[todo], first_bad[todo], results.nanoseconds[todo] = sums, bad, spent
     for i in np.flatnonzero(first_bad >= 0):
         text = f"weight {first_bad[i]} is NaN or infinite as float32; expected finite weights"
         checked.failures.setdefault(int(i), ("non_finite", text))
         results.sums[i] = 0
     return results
-
-
-def _has_kernel(spec: LayerSpec, isa: str) -> bool:
-    plain = spec.granularity in ("tensor", "channel", "group") and not spec.scheme.nested
-    return plain and restores(isa, FAMILIES[spec.scheme.family])
 
 
 def _jobs(
@@ -118,50 +98,14 @@ def _jobs(
         columns["family"][here] = FAMILIES[spec.scheme.family]
         columns["bits"][here] = spec.scheme.bits
         columns["shared_scale"][here] = spec.granularity == "tensor"
+        columns["in_blocks"][here] = spec.granularity == "block"
         columns["packing"][here] = PACKINGS.get(spec.scheme.packing, 0)
         columns["unit"][here] = unit_length(spec, cols[here])
-        if spec.scheme.rule == "onnx":  # its zero points stand behind all rows
+        if spec.scheme.rule == "onnx" or spec.scheme.transposed:  # their zero points stand behind all rows
             columns["row_bytes"][here] = spec.scheme.row_bytes(cols[here])
         elif not spec.scheme.flat:
             columns["row_bytes"][here] = packed_bytes(spec, np.ones_like(cols[here]), cols[here])
     return jobs
-
-
-def _view(address: int, count: int, dtype: Any) -> npt.NDArray[Any]:
-    """Memory that somebody else holds, as an array."""
-    nbytes = count * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype)
-
-
-def _restore_slowly(
-    checked: CheckedRows,
-    i: int,
-    target: int,
-    target_dtype: str,
-    weights_dtype: str | None,
-    sums: npt.NDArray[np.float64],
-) -> int:
-    """One row by the reference, for schemes without a kernel; the first weight to compare with that is not finite."""
-    spec = checked.specs[checked.spec_of_row[i]]
-    rows, cols = map(int, checked.matrix[i])
-    data = _view(int(checked.data.addresses[i]), int(checked.data.counts[i]), np.uint8)
-    scales, zeros = (
-        _view(int(cells.addresses[i]), int(cells.counts[i]), np.float32) if cells.counts[i] >= 0 else None
-        for cells in (checked.scales, checked.zeros)
-    )
-    matrix = dequantize_matrix(data, scales, zeros, spec, rows, cols)
-    if target:
-        with np.errstate(over="ignore", invalid="ignore"):
-            _view(target, rows * cols, _STORAGE[target_dtype])[:] = matrix.reshape(-1)
-    if checked.weights is None or weights_dtype is None:
-        return -1
-    given = _view(int(checked.weights.addresses[i]), rows * cols, _STORAGE[weights_dtype])
-    wide = widen(given, weights_dtype).reshape(rows, cols)
-    bad = np.flatnonzero(~np.isfinite(wide))
-    if bad.size:
-        return int(bad[0])
-    sums[i] = compare(wide, matrix, spec)
-    return -1
 
 
 class QuantizedSession:

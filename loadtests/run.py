@@ -51,7 +51,7 @@ class Server:
         ready = json.loads(self._process.stdout.readline())
         self.location: str = ready["flight"]
         self._metrics: str | None = ready.get("metrics")
-        self.samples: list[dict[str, float]] = []
+        self._pages: list[tuple[float, str]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         if self._metrics:
@@ -60,13 +60,19 @@ class Server:
     def _watch(self) -> None:
         while not self._stop.wait(1.0):
             with urllib.request.urlopen(str(self._metrics), timeout=30) as answer:
-                text = answer.read().decode()
-            found = {"time": time.time()}
-            for family in text_string_to_metric_families(text):
-                for sample in family.samples:
-                    if sample.name in WATCHED and sample.labels.get("direction", "in") == "in":
-                        found[sample.name] = sample.value
-            self.samples.append(found)
+                self._pages.append((time.time(), answer.read().decode()))
+
+    def samples(self) -> list[dict[str, float]]:
+        """The watched metrics, once a second; read only now, since a page takes as long as many calls."""
+        found = []
+        for when, page in self._pages:
+            sample = {"time": when}
+            for family in text_string_to_metric_families(page):
+                for item in family.samples:
+                    if item.name in WATCHED and item.labels.get("direction", "in") == "in":
+                        sample[item.name] = item.value
+            found.append(sample)
+        return found
 
     def stop(self) -> int:
         """Drain; the exit code."""
@@ -81,8 +87,8 @@ class Server:
         return code
 
 
-def drive(server: Server, options: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
-    """Run Locust against a server; the figures of each step."""
+def drive(location: str, options: argparse.Namespace, out: Path) -> list[dict[str, str]]:
+    """Run Locust against a server; its calls."""
     out.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable,
@@ -92,7 +98,7 @@ def drive(server: Server, options: argparse.Namespace, out: Path) -> list[dict[s
         str(HERE / "locustfile.py"),
         "--headless",
         "--host",
-        server.location,
+        location,
     ]
     command += ["--mix", options.mix, "--rate", str(options.rate), "--steps", options.steps]
     command += ["--step-s", str(options.step_s), "--calls-csv", str(out / "calls.csv"), "--only-summary"]
@@ -106,16 +112,20 @@ def drive(server: Server, options: argparse.Namespace, out: Path) -> list[dict[s
         "--exit-code-on-error",
         "0",
     ]
-    started = time.time()
     with (out / "locust.log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log)
     with (out / "calls.csv").open() as file:
-        calls = list(csv.DictReader(file))
-    first = min((float(call["ended"]) - float(call["outer_s"]) for call in calls), default=started)
-    counts = [int(count) for count in options.steps.split(",")]
+        return list(csv.DictReader(file))
+
+
+def figures(
+    calls: list[dict[str, str]], options: argparse.Namespace, samples: list[dict[str, float]]
+) -> list[dict[str, Any]]:
+    """What each step came to."""
+    first = min((float(call["ended"]) - float(call["outer_s"]) for call in calls), default=0.0)
     return [
-        step_figures(users, first + options.step_s * place, options.step_s, calls, server.samples)
-        for place, users in enumerate(counts)
+        step_figures(int(users), first + options.step_s * place, options.step_s, calls, samples)
+        for place, users in enumerate(options.steps.split(","))
     ]
 
 
@@ -227,10 +237,11 @@ def main() -> None:
         options.out / "server.log",
     )
     try:
-        steps = drive(server, options, options.out)
+        calls = drive(server.location, options, options.out)
     finally:
         code = server.stop()
-    samples = server.samples
+    samples = server.samples()
+    steps = figures(calls, options, samples)
     with (options.out / "server.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["time", *WATCHED])
         writer.writeheader()
@@ -239,7 +250,7 @@ def main() -> None:
     if options.compare:
         plain = Server([sys.executable, str(HERE / "floor.py")], options.out / "floor.log")
         try:
-            floor = drive(plain, options, options.out / "floor")
+            floor = figures(drive(plain.location, options, options.out / "floor"), options, [])
         finally:
             plain.stop()
     show(f"{options.mix}, {'open loop' if options.rate else 'closed loop'}", steps)

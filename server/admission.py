@@ -6,8 +6,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from flightquant.errors import DeadlineError, DrainingError, OverloadedError
@@ -96,6 +95,12 @@ class Admission:
     def bytes_held(self) -> int:
         """Bytes of batches held by all calls."""
         return self._bytes
+
+    @property
+    def computing(self) -> int:
+        """Calls that have a batch in the engine."""
+        with self._lock:
+            return sum(call.computing for call in self._running.values())
 
     @property
     def waiting(self) -> int:
@@ -234,23 +239,23 @@ class Admission:
                 call.gave_place = False
             self._call_first()
 
-    @contextmanager
-    def listening(self, call: Call) -> Iterator[None]:
-        """While the call waits for its client to say something.
+    def listen(self, call: Call) -> None:
+        """From now on the call waits for its client to say something, until :meth:`heard`."""
+        call.silent_since = time.monotonic()
+
+    def heard(self, call: Call) -> None:
+        """The client said something, or will never again.
 
         Raises
         ------
         DeadlineError
-            At the end: the client was silent for longer than ``idle_s``.
+            It was silent for longer than ``idle_s``.
         """
-        started = call.silent_since = time.monotonic()
-        try:
-            yield
-        finally:
-            with self._lock:
-                call.silent_since = math.inf
-                gone = call.gave_place
-        if gone or time.monotonic() - started > self.idle_s:
+        since = call.silent_since
+        with self._lock:
+            call.silent_since = math.inf
+            gone = call.gave_place
+        if gone or time.monotonic() - since > self.idle_s:
             raise DeadlineError(
                 f"the client sent nothing for more than {self.idle_s:g} s, the server's limit",
                 field="idle_timeout_s",
@@ -268,7 +273,7 @@ class Admission:
         less = nbytes < call.bytes_held
         self._bytes += nbytes - call.bytes_held
         call.bytes_held = nbytes
-        if less:
+        if less and self._waiting:
             self._room.notify_all()
         return less
 
@@ -280,9 +285,9 @@ class Admission:
         check : callable
             Called ten times a second while waiting; what it raises ends the wait.
         """
+        if self._bytes < self.max_bytes:
+            return
         with self._lock:
-            if self._bytes < self.max_bytes:
-                return
             self._waiting += 1
             try:
                 while self._bytes >= self.max_bytes:

@@ -79,6 +79,8 @@ class Call:
         Since when the call waits for its client, in :func:`time.monotonic` seconds; infinite while it does not.
     bytes_held : int
         Bytes of batches that the call holds now.
+    computing : bool
+        Whether one of them is in the engine.
     stages : Stages or None
         Where its stages are noted, if spans are made of them.
     """
@@ -96,6 +98,7 @@ class Call:
     error: str | None = None
     totals: EndMessage | None = None
     bytes_held: int = 0
+    computing: bool = False
     admitted: bool = False
     silent_since: float = math.inf
     gave_place: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +21,9 @@ from flightquant.spec import Command
 
 MAX_METADATA_MESSAGES = 1024
 LEAVING_S = 0.02
+ASK_S = 0.05
+"""Least time between two questions to gRPC whether a call was cancelled: it does a turn of transport to find out, with
+Python's lock held, half a millisecond for a batch of 4 MiB."""
 
 _COMMAND = 'a command descriptor with a JSON object such as {"op": "quantize", "scheme": "int4"}'
 
@@ -72,18 +76,22 @@ class Exchange:
         metadata_messages = 0
         while True:
             self._admission.wait_for_room(step.check)
-            chunk = self._receive(call, step, reader)
-            step.check()
-            if chunk is None:
-                break
-            metadata_messages += chunk.data is None
-            _check_metadata_messages(metadata_messages)
-            size = 0 if chunk.app_metadata is None else chunk.app_metadata.size
-            _check_metadata_size(size, self._limits.max_metadata_bytes, "a message has")
-            if chunk.data is not None:
-                self._answer(call, step, session, chunk, writer)
-            # The next read must not find this batch still held.
-            del chunk
+            stages: dict[str, float] = {}
+            try:
+                chunk = self._receive(call, step, reader, stages)
+                if chunk is None:
+                    break
+                metadata_messages += chunk.data is None
+                _check_metadata_messages(metadata_messages)
+                size = 0 if chunk.app_metadata is None else chunk.app_metadata.size
+                _check_metadata_size(size, self._limits.max_metadata_bytes, "a message has")
+                if chunk.data is not None:
+                    self._answer(call, step, session, chunk, writer, stages)
+                # The next read must not find this batch still held.
+                del chunk
+            finally:
+                if stages:
+                    self._metrics.observe_stages(stages, call.trace_id)
         step.write(lambda: writer.write_metadata(session.end.to_json()))
 
     def _open(self, schema: pa.Schema, command: Command) -> Session | QuantizedSession:
@@ -93,59 +101,73 @@ class Exchange:
             return AmaxSession(self._engine, schema, command, self._limits)
         return QuantizedSession(self._engine, schema, command, self._limits)
 
-    def _receive(self, call: Call, step: _Step, reader: Any) -> Any:
+    def _receive(self, call: Call, step: _Step, reader: Any, stages: dict[str, float]) -> Any:
         """The next chunk, or None at the end of the stream."""
         started = time.perf_counter()
+        self._admission.listen(call)
         try:
-            with self._admission.listening(call):
-                chunk = step.read(reader.read_chunk)
+            chunk = step.read(reader.read_chunk)
         except StopIteration:
-            return None
-        self._observe(call, {"receive": time.perf_counter() - started})
+            chunk = None
+        finally:
+            self._admission.heard(call)
+        if chunk is not None:
+            _note(call, stages, {"receive": time.perf_counter() - started})
+        step.check(at_end=chunk is None)
         return chunk
 
-    def _answer(self, call: Call, step: _Step, session: Session | QuantizedSession, chunk: Any, writer: Any) -> None:
+    def _answer(
+        self,
+        call: Call,
+        step: _Step,
+        session: Session | QuantizedSession,
+        chunk: Any,
+        writer: Any,
+        stages: dict[str, float],
+    ) -> None:
         """Answer one batch, and hold nothing of it afterwards."""
         # The sizes of its buffers are all that may be asked of a batch before the engine has checked it.
-        held = chunk.data.get_total_buffer_size()
+        batch = chunk.data
+        held = batch.get_total_buffer_size()
         self._admission.hold(call, held)
         try:
-            answer = self._compute(call, step, session, chunk.data)
+            answer = _compute(call, step, session, batch)
+            _note(call, stages, answer.seconds)
             self._admission.hold(call, held + answer.batch.get_total_buffer_size())
             started = time.perf_counter()
-            sums = answer.sums if call.sums else None
-            if sums is not None:
-                step.write(lambda: writer.write_with_metadata(answer.batch, sums.tobytes()))
+            if call.sums and answer.sums is not None:
+                step.write(partial(writer.write_with_metadata, answer.batch, answer.sums.tobytes()))
             else:
-                step.write(lambda: writer.write_batch(answer.batch))
-            self._observe(call, {"write": time.perf_counter() - started})
-            self._metrics.observe_answer(answer, held, session.value_bytes)
+                step.write(partial(writer.write_batch, answer.batch))
+            _note(call, stages, {"write": time.perf_counter() - started})
+            self._metrics.observe_answer(answer, held, session.value_bytes, stages, call.trace_id)
+            stages.clear()
         finally:
             self._admission.hold(call, 0)
 
-    def _compute(self, call: Call, step: _Step, session: Session | QuantizedSession, batch: pa.RecordBatch) -> Answer:
-        with self._metrics.batches_in_engine.track_inprogress():
-            try:
-                if isinstance(session, QuantizedSession):
-                    answer = session.answer(batch, should_stop=step.is_due)
-                else:
-                    answer = session.quantize(batch, should_stop=step.is_due)
-            except DeadlineError:
-                # The engine knows that it was told to stop, the step knows why.
-                step.check()
-                raise
-        self._observe(call, answer.seconds)
-        return answer
 
-    def _observe(self, call: Call, stages: Mapping[str, float]) -> None:
-        """The seconds of stages that ran one after the other until now."""
-        for stage, seconds in stages.items():
-            self._metrics.observe_stage(stage, seconds, call.trace_id)
-        if call.stages is not None:
-            begin = call.seconds - sum(stages.values())
-            for stage, seconds in stages.items():
-                call.stages.note(stage, begin, seconds)
-                begin += seconds
+def _compute(call: Call, step: _Step, session: Session | QuantizedSession, batch: pa.RecordBatch) -> Answer:
+    call.computing = True
+    try:
+        if isinstance(session, QuantizedSession):
+            return session.answer(batch, should_stop=step.is_due)
+        return session.quantize(batch, should_stop=step.is_due)
+    except DeadlineError:
+        # The engine knows that it was told to stop, the step knows why.
+        step.check()
+        raise
+    finally:
+        call.computing = False
+
+
+def _note(call: Call, stages: dict[str, float], more: Mapping[str, float]) -> None:
+    """Add stages that ran one after the other until now."""
+    stages.update(more)
+    if call.stages is not None:
+        begin = call.seconds - sum(more.values())
+        for stage, seconds in more.items():
+            call.stages.note(stage, begin, seconds)
+            begin += seconds
 
 
 class _Step:
@@ -156,22 +178,34 @@ class _Step:
         self._admission = admission
         self._timeout_s = timeout_s
         self._deadline = call.started + timeout_s
+        self._ask_at = 0.0
+        self._cancelled = False
+
+    def _is_cancelled(self, now: float) -> bool:
+        """Whether the client ended the call, as far as gRPC said when it was last asked."""
+        if now >= self._ask_at and not self._cancelled:
+            self._ask_at = now + ASK_S
+            self._cancelled = self._context.is_cancelled()
+        return self._cancelled
 
     def is_due(self) -> bool:
         """Whether :meth:`check` would raise."""
-        late = time.monotonic() > self._deadline
-        return bool(late or self._admission.ending or self._context.is_cancelled())
+        now = time.monotonic()
+        return now > self._deadline or self._admission.ending or self._is_cancelled(now)
 
-    def check(self) -> None:
-        """Raise if the call has to end."""
-        if self._context.is_cancelled():
+    def check(self, *, at_end: bool = False) -> None:
+        """Raise if the call has to end; ``at_end`` of a stream, which may look whole to the end because it was cut."""
+        now = time.monotonic()
+        if at_end:
+            self._ask_at = now
+        if self._is_cancelled(now):
             raise CallCancelledError
         if self._admission.ending:
             raise DrainingError(
                 "the server is stopping and this call did not end in time; repeat it elsewhere",
                 retry_after_s=RETRY_AFTER_S,
             )
-        if time.monotonic() > self._deadline:
+        if now > self._deadline:
             raise DeadlineError(
                 f"the call took longer than {self._timeout_s:g} s, the server's limit for one call",
                 field="call_timeout_s",

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from flightquant.layers import NUMBERS, layer_class
 from flightquant.schemes import SCHEMES
 from flightquant.server.admission import Admission
 from flightquant.server.calls import UNKNOWN, Call
-from flightquant.server.latency import Latency
+from flightquant.server.collectors import Latency, Totals
 from flightquant.server.memory import memory_limit
 from flightquant.spec import OPERATIONS
 
@@ -47,10 +48,6 @@ _CALL_BUCKETS = (
 )
 
 
-_Costs = tuple[Counter, ...]
-"""Of one layer class and scheme: layers, seconds, bytes, weights."""
-
-
 class Metrics:
     """The metrics of one server, in a registry of its own.
 
@@ -70,14 +67,15 @@ class Metrics:
         self, registry: CollectorRegistry, admission: Admission, build: Mapping[str, str], compute_threads: int
     ) -> None:
         self.registry = registry
+        # Of all that a batch adds to, and of the classes that are known.
+        self._lock = threading.Lock()
         self._make_counters(registry)
         self._make_gauges(registry, admission, compute_threads)
         Info("flightquant_build", "Versions, instruction set in use, threads", registry=registry).info(dict(build))
         ProcessCollector(registry=registry)
-        self._classes: dict[str, dict[str, _Costs]] = {}
-        self._classes_lock = threading.Lock()
+        self._classes: set[str] = set()
         for scheme in (*SCHEMES, UNKNOWN):
-            self._costs(OTHER, scheme)
+            self._add_costs((OTHER, scheme), (0, 0, 0, 0))
 
     def _make_counters(self, registry: CollectorRegistry) -> None:
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -96,12 +94,16 @@ class Metrics:
         self._refusals = counter("refusals_total", "Calls refused before their body was read", "code")
         for code in REFUSALS:
             self._refusals.labels(code)
-        rows = counter("rows_total", "Layers answered, by the status of their row", "status")
-        self._rows = {status: rows.labels(status) for status in ROW_STATUSES}
-        payload = counter("payload_bytes_total", "Bytes of weights received and of answers made", "direction")
-        self._bytes_in, self._bytes_out = payload.labels("in"), payload.labels("out")
-        copied = counter("copied_bytes_total", "Bytes of payload copied, by where", "site")
-        self._copied = {site: copied.labels(site) for site in COPY_SITES}
+
+        def totals(name: str, text: str, *labels: str) -> Totals:
+            return Totals(f"flightquant_{name}", text, labels, registry, self._lock)
+
+        self._rows = totals("rows", "Layers answered, by the status of their row", "status")
+        self._rows.values.update({(status,): 0 for status in ROW_STATUSES})
+        self._payload = totals("payload_bytes", "Bytes of weights received and of answers made", "direction")
+        self._payload.values.update({("in",): 0, ("out",): 0})
+        self._copied = totals("copied_bytes", "Bytes of payload copied, by where", "site")
+        self._copied.values.update({(site,): 0 for site in COPY_SITES})
         self._stages = Latency(
             "flightquant_stage_seconds",
             "Time of one batch in each stage; receive includes the wait for the client",
@@ -109,6 +111,7 @@ class Metrics:
             STAGES,
             _STAGE_BUCKETS,
             registry,
+            self._lock,
         )
         self._durations = Latency(
             "flightquant_exchange_seconds",
@@ -117,14 +120,15 @@ class Metrics:
             (UNKNOWN, *OPERATIONS),
             _CALL_BUCKETS,
             registry,
+            self._lock,
         )
         self._layer_costs = tuple(
-            counter(name, text, "layer_class", "scheme")
+            totals(name, text, "layer_class", "scheme")
             for name, text in (
-                ("layers_total", "Layers answered, by class and scheme"),
-                ("layer_kernel_seconds_total", "Kernel time of layers, by class and scheme"),
-                ("layer_input_bytes_total", "Bytes of the weights of layers, by class and scheme"),
-                ("layer_weights_total", "Weights of layers, by class and scheme"),
+                ("layers", "Layers answered, by class and scheme"),
+                ("layer_kernel_seconds", "Kernel time of layers, by class and scheme"),
+                ("layer_input_bytes", "Bytes of the weights of layers, by class and scheme"),
+                ("layer_weights", "Weights of layers, by class and scheme"),
             )
         )
 
@@ -145,16 +149,26 @@ class Metrics:
         gauge("memory_limit_bytes", "Memory that the process may use", memory_limit)
         gauge("compute_threads", "Threads that compute", lambda: compute_threads)
         gauge("process_threads", "Threads of the process", lambda: len(os.listdir("/proc/self/task")))
-        self.batches_in_engine = Gauge(
-            "flightquant_engine_batches", "Batches in the engine, computing or waiting for it", registry=registry
-        )
+        gauge("engine_batches", "Batches in the engine, computing or waiting for it", lambda: admission.computing)
 
-    def observe_stage(self, stage: str, seconds: float, trace_id: str | None = None) -> None:
-        """Time that one batch spent in one stage; the caller's trace becomes the bucket's exemplar."""
-        self._stages.observe(stage, seconds, trace_id)
+    def observe_stages(self, stages: Mapping[str, float], trace_id: str | None) -> None:
+        """Seconds that a batch spent in each stage before it failed; see :meth:`observe_answer`."""
+        with self._lock:
+            self._note_stages(stages, trace_id)
 
-    def observe_answer(self, answer: Answer, message_bytes: int, value_bytes: int) -> None:
-        """Bytes, row outcomes and layer cost of one answered batch.
+    def _note_stages(self, stages: Mapping[str, float], trace_id: str | None) -> None:
+        for stage, seconds in stages.items():
+            self._stages.note(stage, seconds, trace_id)
+
+    def observe_answer(
+        self,
+        answer: Answer,
+        message_bytes: int,
+        value_bytes: int,
+        stages: Mapping[str, float] | None = None,
+        trace_id: str | None = None,
+    ) -> None:
+        """Bytes, row outcomes, layer cost and stages of one answered batch.
 
         Parameters
         ----------
@@ -164,42 +178,36 @@ class Metrics:
             Bytes of the received message, which gRPC's slices were joined into.
         value_bytes : int
             Bytes of one weight as sent.
+        stages : mapping of str to float, optional
+            Seconds that it spent in each stage.
+        trace_id : str, optional
+            The caller's trace, which becomes the exemplar of the stages' buckets.
         """
-        batch, totals = answer.costs, answer.totals
-        self._bytes_in.inc(totals.bytes_in)
-        self._bytes_out.inc(totals.bytes_out)
-        self._copied["transport"].inc(message_bytes)
-        self._copied["service"].inc(totals.bytes_copied)
-        self._rows["ok"].inc(totals.rows - totals.failed_rows)
+        totals = answer.totals
+        statuses = {"ok": totals.rows - totals.failed_rows}
         if totals.failed_rows:
-            for count in pc.value_counts(batch.column("status")):
-                if count["values"].as_py() != "ok":
-                    self._rows[count["values"].as_py()].inc(count["counts"].as_py())
-        names, schemes = batch.column("layer_name"), batch.column("scheme")
-        if totals.rows == 1:  # most batches hold one layer, and NumPy costs 40 us for it
-            key = _class_of(names[0].as_py()), schemes[0].as_py()
-            self._add_costs(key, 1, totals.kernel_ns / 1e9, totals.bytes_in, value_bytes)
-            return
-        keys, which = layer_keys(names, schemes)
-        weighed = (None, batch.column("kernel_ns").to_numpy() / 1e9, batch.column("bytes_in").to_numpy())
-        sums = [np.bincount(which, weights, len(keys)).tolist() for weights in weighed]
-        for key, layers, seconds, nbytes in zip(keys, *sums, strict=True):
-            self._add_costs(key, layers, seconds, nbytes, value_bytes)
+            counts = pc.value_counts(answer.costs.column("status")).to_pylist()
+            statuses |= {count["values"]: count["counts"] for count in counts}
+        costs = _costs(answer, value_bytes)
+        with self._lock:
+            self._note_stages(stages or {}, trace_id)
+            self._payload.values["in",] += totals.bytes_in
+            self._payload.values["out",] += totals.bytes_out
+            self._copied.values["transport",] += message_bytes
+            self._copied.values["service",] += totals.bytes_copied
+            for status, count in statuses.items():
+                self._rows.values[status,] += count
+            for key, amounts in costs:
+                self._add_costs(key, amounts)
 
-    def _add_costs(self, key: tuple[str, str], layers: int, seconds: float, nbytes: float, value_bytes: int) -> None:
-        for counter, amount in zip(self._costs(*key), (layers, seconds, nbytes, nbytes / value_bytes), strict=True):
-            counter.inc(amount)
-
-    def _costs(self, layer_class: str, scheme: str) -> _Costs:
-        """The counters of a layer class and scheme; those of :data:`OTHER` once there are too many classes."""
-        found = self._classes.get(layer_class, {}).get(scheme)
-        if found is not None:
-            return found
-        with self._classes_lock:
-            if layer_class not in self._classes and len(self._classes) > MAX_LAYER_CLASSES:
-                return self._classes[OTHER][scheme]
-            counters = tuple(counter.labels(layer_class, scheme) for counter in self._layer_costs)
-            return self._classes.setdefault(layer_class, {}).setdefault(scheme, counters)
+    def _add_costs(self, key: tuple[str, str], amounts: Sequence[float]) -> None:
+        """Layers, seconds, bytes and weights of a layer class and scheme; of :data:`OTHER` once there are too many."""
+        if key[0] not in self._classes:
+            if len(self._classes) > MAX_LAYER_CLASSES:
+                key = OTHER, key[1]
+            self._classes.add(key[0])
+        for total, amount in zip(self._layer_costs, amounts, strict=True):
+            total.values[key] = total.values.get(key, 0) + amount
 
     def observe_end(self, call: Call) -> None:
         """A call is over."""
@@ -207,10 +215,30 @@ class Metrics:
             self._refusals.labels(call.outcome).inc()
         if call.method == "DoExchange":
             self._exchanges.labels(call.op, call.scheme, call.outcome).inc()
-            self._durations.observe(call.op, call.seconds, call.trace_id)
+            with self._lock:
+                self._durations.note(call.op, call.seconds, call.trace_id)
         elif call.method == "DoAction":
             action = call.op if call.op in ACTIONS else OTHER
             self._actions.labels(action, call.outcome).inc()
+
+
+def _costs(answer: Answer, value_bytes: int) -> list[tuple[tuple[str, str], tuple[float, ...]]]:
+    """Of each layer class and scheme of an answer: layers, seconds, bytes, weights."""
+    if answer.layers is not None:
+        found: dict[tuple[str, str], tuple[float, ...]] = {}
+        for name, scheme, nanoseconds, nbytes in answer.layers:
+            layer = (1, nanoseconds / 1e9, nbytes, nbytes / value_bytes)
+            key = _class_of(name), scheme
+            found[key] = tuple(map(add, found[key], layer)) if key in found else layer
+        return list(found.items())
+    batch = answer.costs
+    keys, which = layer_keys(batch.column("layer_name"), batch.column("scheme"))
+    weighed = (None, batch.column("kernel_ns").to_numpy() / 1e9, batch.column("bytes_in").to_numpy())
+    sums = [np.bincount(which, weights, len(keys)).tolist() for weights in weighed]
+    return [
+        (key, (layers, seconds, nbytes, nbytes / value_bytes))
+        for key, layers, seconds, nbytes in zip(keys, *sums, strict=True)
+    ]
 
 
 @lru_cache(maxsize=4096)

@@ -1,35 +1,61 @@
 /* Weights again from packed bytes, scales and zero points, in the arithmetic of the reference (flightquant/reference):
  * the numbers that the quality columns are made of. Whatever the bytes are, nothing here is undefined. */
+#include "dequantize.h"
+#include "blocks.h"
 #include "dynamic_map.h"
-#include "families.h"
 
 /* n weights from an index on, as float32; up to 63 more are unspecified. */
 typedef void span_restorer(const fq_job *job, int64_t begin, int64_t n, float *y);
-/* 16 codes as float32, before their scale. */
-typedef vf decoder(const int8_t *codes);
-
 FQ_INLINE float float_at(const float *at, int64_t index) {
   float value;
   memcpy(&value, at + index, sizeof value);
   return value;
 }
 
-/* Codes, 64 past the span's end included, to values: (code - zero) * scale, unit by unit. */
-FQ_INLINE void scale_units(const fq_job *job, int64_t begin, int64_t n, const int8_t *codes, decoder *decode,
-                           float *y) {
-  int64_t which = job->shared_scale ? 0 : begin / job->unit;
-  int64_t stop = job->shared_scale ? n : (which + 1) * job->unit - begin;
-  for (int64_t i = 0; i < n; which++, stop += job->unit) {
+/* Codes, 64 past the span's end included, to values: (code - zero) * scale. The first scale and zero point hold up to
+ * weight `stop`, each other one for `step` weights more. */
+FQ_INLINE void scale_by(const float *scales, const float *zeros, int64_t stop, int64_t step, int64_t n,
+                        const int8_t *codes, decoder *decode, float *y) {
+  int64_t i = 0;
+  for (int64_t which = 0; i < n; which++, stop += step) {
     const int64_t end = stop < n ? stop : n;
-    const vf scale = vf_set(float_at(job->scales, which));
-    if (job->zeros) {
-      const vf zero = vf_set(float_at(job->zeros, which));
+    const vf scale = vf_set(float_at(scales, which));
+    if (zeros) {
+      const vf zero = vf_set(float_at(zeros, which));
       for (; i < end; i += FQ_LANES)
         vf_store(y + i, vf_mul(vf_sub(decode(codes + i), zero), scale));
     } else {
       for (; i < end; i += FQ_LANES)
         vf_store(y + i, vf_mul(decode(codes + i), scale));
     }
+  }
+}
+
+/* The scales of the units from one on, whose codes stand behind the weights', under scales of their own. */
+FQ_INLINE void unnest(const fq_job *job, int64_t first, int64_t units, float *scales) {
+  enum { BLOCK = 256 };
+  const int64_t count = (job->n + job->unit - 1) / job->unit;
+  const float mean = float_at(job->outer, (count + BLOCK - 1) / BLOCK);
+  for (int64_t i = 0; i < units; i++) {
+    const float scaled = fq_dynamic_values[job->packed[first + i]] * float_at(job->outer, (first + i) / BLOCK);
+    scales[i] = scaled + mean;
+  }
+}
+
+FQ_INLINE void scale_units(const fq_job *job, int64_t begin, int64_t n, const int8_t *codes, decoder *decode,
+                           float *y) {
+  const int64_t unit = begin / job->unit, stop = (unit + 1) * job->unit - begin;
+  if (job->packing == FQ_NESTED) {
+    float scales[FQ_BLOCKS];
+    unnest(job, unit, (begin + n - 1) / job->unit + 1 - unit, scales);
+    scale_by(scales, NULL, stop, job->unit, n, codes, decode, y);
+  } else if (job->in_blocks) { /* from the edge of one on, within a row */
+    const int64_t across = (job->cols + FQ_EDGE - 1) / FQ_EDGE, row = begin / job->cols / FQ_EDGE;
+    scale_by(job->scales + row * across + begin % job->cols / FQ_EDGE, NULL, FQ_EDGE, FQ_EDGE, n, codes, decode, y);
+  } else if (job->shared_scale) {
+    scale_by(job->scales, job->zeros, n, n, n, codes, decode, y);
+  } else {
+    scale_by(job->scales + unit, job->zeros ? job->zeros + unit : NULL, stop, job->unit, n, codes, decode, y);
   }
 }
 
@@ -40,9 +66,6 @@ FQ_INLINE const int8_t *load_bytes(const uint8_t *from, int64_t n, int8_t *buffe
   memcpy(buffer, from, (size_t)n);
   return buffer;
 }
-
-FQ_INLINE vf signed_byte(const int8_t *codes) { return vi_convert(vi_load_i8(codes)); }
-FQ_INLINE vf unsigned_byte(const int8_t *codes) { return vi_convert(vi_and(vi_load_i8(codes), vi_set(255))); }
 
 /* 8 codes of `bits` bits each, the lowest first, as signed bytes: open gaps between fours, then pairs, then codes. */
 FQ_INLINE uint64_t unpack_8(uint64_t v, int bits) {
@@ -73,7 +96,15 @@ FQ_INLINE void unpack_stream(const uint8_t *from, int64_t n, int bits, int8_t *c
   }
 }
 
-/* Codes of fewer than 8 bits, each width compiled for itself. */
+/* Two codes of half as many bits in each of n bytes, the lower one first, less half their range or not. */
+FQ_INLINE void unpack_pairs(const uint8_t *from, int64_t n, int bits, int middle, int8_t *codes) {
+  for (int64_t i = 0; i < n; i++) {
+    codes[2 * i] = (int8_t)((from[i] & ((1 << bits) - 1)) - middle);
+    codes[2 * i + 1] = (int8_t)((from[i] >> bits) - middle);
+  }
+}
+
+/* Codes of fewer than 8 bits, each width compiled for itself; up to 7 more are written. */
 FQ_INLINE void unpack_codes(const uint8_t *from, int64_t n, int bits, int8_t *codes) {
   switch (bits) {
   case 7:
@@ -86,19 +117,23 @@ FQ_INLINE void unpack_codes(const uint8_t *from, int64_t n, int bits, int8_t *co
     unpack_stream(from, n, 5, codes);
     break;
   case 4:
-    unpack_stream(from, n, 4, codes);
+    unpack_pairs(from, (n + 1) / 2, 4, 8, codes);
     break;
   case 3:
     unpack_stream(from, n, 3, codes);
     break;
-  default:
-    unpack_stream(from, n, 2, codes);
+  default: {
+    uint8_t nibbles[FQ_SPAN / 2 + 2];
+    unpack_pairs(from, (n + 3) / 4, 4, 0, (int8_t *)nibbles);
+    unpack_pairs(nibbles, (n + 3) / 4 * 2, 2, 2, codes);
+  }
   }
 }
 
 /* Codes of the rows' dense streams less half their range: where they lie, or in the buffer. */
 static const int8_t *signed_codes(const fq_job *job, int64_t begin, int64_t n, int8_t *buffer) {
-  const uint8_t *from = job->data + begin / job->cols * job->row_bytes + begin % job->cols * job->bits / 8;
+  const uint8_t *rows = job->packed ? job->packed : job->data;
+  const uint8_t *from = rows + begin / job->cols * job->row_bytes + begin % job->cols * job->bits / 8;
   memset(buffer + n, 0, FQ_STEP);
   if (job->bits == 8)
     return load_bytes(from, n, buffer);
@@ -106,46 +141,8 @@ static const int8_t *signed_codes(const fq_job *job, int64_t begin, int64_t n, i
   return buffer;
 }
 
-/* 32 codes of a row from GPTQ's words: as many as a code has bits, each in another line of a word for each row. */
-FQ_INLINE void gptq_32(const fq_job *job, int64_t row, int64_t col, int64_t rows, int8_t *codes) {
-  uint8_t words[FQ_BLOCK];
-  for (int64_t w = 0; w < job->bits; w++)
-    memcpy(words + 4 * w, job->data + 4 * ((col / FQ_BLOCK * job->bits + w) * rows + row), 4);
-  if (job->bits < 8) {
-    unpack_codes(words, FQ_BLOCK, job->bits, codes);
-    return;
-  }
-  for (int i = 0; i < FQ_BLOCK; i++)
-    codes[i] = (int8_t)(words[i] ^ 0x80);
-}
-
-/* From AWQ's, which hold one column of 8 rows, the even ones first. */
-FQ_INLINE void awq_32(const fq_job *job, int64_t row, int64_t col, int64_t rows, int8_t *codes) {
-  const int64_t place = row % 2 * 4 + row % 8 / 2;
-  const uint8_t *from = job->data + 4 * (col * (rows / 8) + row / 8) + place / 2;
-  for (int i = 0; i < FQ_BLOCK; i++, from += rows / 2)
-    codes[i] = (int8_t)((*from >> (place % 2 * 4) & 15) - 8);
-}
-
-/* Codes less half their range of layouts that hold the transpose, whose rows and columns are multiples of 32. */
-static const int8_t *transposed_codes(const fq_job *job, int64_t begin, int64_t n, int8_t *buffer) {
-  const int64_t rows = job->n / job->cols;
-  for (int64_t i = 0; i < n; i += FQ_BLOCK) {
-    const int64_t row = (begin + i) / job->cols, col = (begin + i) % job->cols;
-    if (job->packing == FQ_AWQ)
-      awq_32(job, row, col, rows, buffer + i);
-    else
-      gptq_32(job, row, col, rows, buffer + i);
-  }
-  return buffer;
-}
-
 static void restore_integer(const fq_job *job, int64_t begin, int64_t n, float *y) {
   int8_t buffer[FQ_SPAN + FQ_STEP];
-  if (job->packing == FQ_GPTQ || job->packing == FQ_GPTQ_V2 || job->packing == FQ_AWQ) {
-    scale_units(job, begin, n, transposed_codes(job, begin, n, buffer), signed_byte, y);
-    return;
-  }
   scale_units(job, begin, n, signed_codes(job, begin, n, buffer), signed_byte, y);
 }
 
@@ -293,17 +290,9 @@ static void restore_fp4(const fq_job *job, int64_t begin, int64_t n, float *y) {
 static const float e2m1_values[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
 FQ_INLINE vf e2m1(const int8_t *codes) { return vi_lookup_16(vi_load_i8(codes), e2m1_values); }
 
-/* Two codes a byte, the first in its low half; n is a multiple of 16. */
-FQ_INLINE void unpack_low_first(const uint8_t *from, int64_t n, int8_t *codes) {
-  for (int64_t i = 0; i < n / 2; i++) {
-    codes[2 * i] = (int8_t)(from[i] & 15);
-    codes[2 * i + 1] = (int8_t)(from[i] >> 4);
-  }
-}
-
 static void restore_mxfp4(const fq_job *job, int64_t begin, int64_t n, float *y) {
   int8_t codes[FQ_SPAN];
-  unpack_low_first(job->data + begin / 2, n, codes);
+  unpack_pairs(job->data + begin / 2, n / 2, 4, 0, codes);
   scale_units(job, begin, n, codes, e2m1, y);
 }
 
@@ -311,106 +300,69 @@ static void restore_mxfp4(const fq_job *job, int64_t begin, int64_t n, float *y)
 static void restore_nvfp4(const fq_job *job, int64_t begin, int64_t n, float *y) {
   enum { GROUP = 16 };
   int8_t codes[FQ_SPAN];
-  unpack_low_first(job->data + begin / 2, n, codes);
+  unpack_pairs(job->data + begin / 2, n / 2, 4, 0, codes);
   const float whole = float_at(job->scales, job->n / GROUP);
   for (int64_t i = 0; i < n; i += GROUP)
     vf_store(y + i, vf_mul(e2m1(codes + i), vf_set(float_at(job->scales, (begin + i) / GROUP) / whole)));
 }
 
-/* ggml's blocks: a float16 scale, a minimum if there is one, fifth bits if there are, 32 codes. */
-typedef struct {
-  int bits, minimum;
-  float middle;
-} block_format;
-
-/* Bit i of a byte in byte i, as 0 or 16. */
-FQ_INLINE uint64_t spread_bits(uint8_t byte) {
-  const uint64_t bytes = UINT64_C(0x0101010101010101);
-  const uint64_t each = byte * bytes & UINT64_C(0x8040201008040201);
-  return ((each + bytes * 127) >> 3) & (bytes << 4);
-}
-
-FQ_INLINE void unpack_block(const uint8_t *from, int bits, int8_t *codes) {
-  const uint8_t *nibbles = bits == 5 ? from + 4 : from;
-  for (int i = 0; i < FQ_BLOCK / 2; i++) {
-    codes[i] = (int8_t)(nibbles[i] & 15);
-    codes[i + FQ_BLOCK / 2] = (int8_t)(nibbles[i] >> 4);
-  }
-  for (int i = 0; bits == 5 && i < 4; i++) {
-    uint64_t v;
-    memcpy(&v, codes + 8 * i, sizeof v);
-    v |= spread_bits(from[i]);
-    memcpy(codes + 8 * i, &v, sizeof v);
-  }
-}
-
-FQ_INLINE void restore_blocks(const fq_job *job, block_format f, int64_t begin, int64_t n, float *y) {
-  const int64_t head = f.minimum ? 4 : 2, size = head + FQ_BLOCK / 8 * f.bits, blocks = n / FQ_BLOCK;
-  const uint8_t *from = job->data + begin / FQ_BLOCK * size;
-  char halves[2][FQ_BLOCKS * 2] = {{0}};
-  float scale[FQ_BLOCKS], least[FQ_BLOCKS];
-  for (int64_t b = 0; b < blocks; b++) {
-    memcpy(halves[0] + b * 2, from + b * size, 2);
-    if (f.minimum)
-      memcpy(halves[1] + b * 2, from + b * size + 2, 2);
-  }
-  for (int64_t b = 0; b < blocks; b += FQ_LANES) {
-    vf_store(scale + b, vf_load_f16(halves[0] + b * 2));
-    if (f.minimum)
-      vf_store(least + b, vf_load_f16(halves[1] + b * 2));
-  }
-  for (int64_t b = 0; b < blocks; b++, from += size, y += FQ_BLOCK) {
-    int8_t unpacked[FQ_BLOCK];
-    const int8_t *codes = unpacked;
-    if (f.bits == 8)
-      codes = (const int8_t *)from + head;
-    else
-      unpack_block(from + head, f.bits, unpacked);
-    for (int i = 0; i < FQ_BLOCK; i += FQ_LANES) {
-      vf level = signed_byte(codes + i);
-      if (f.middle != 0)
-        level = vf_sub(level, vf_set(f.middle));
-      const vf scaled = vf_mul(level, vf_set(scale[b]));
-      vf_store(y + i, f.minimum ? vf_add(scaled, vf_set(least[b])) : scaled);
+/* Rows with a scale and a bias behind them, float32 for 8 bits, else float16: code * scale + bias. */
+static void restore_fbgemm(const fq_job *job, int64_t begin, int64_t n, float *y) {
+  int8_t buffer[FQ_SPAN + FQ_STEP];
+  const vf half = vf_set(job->bits == 8 ? 0 : (float)(1 << (job->bits - 1)));
+  for (int64_t i = 0; i < n;) {
+    const int64_t row = (begin + i) / job->cols, col = (begin + i) % job->cols;
+    const int64_t rest = job->cols - col < n - i ? job->cols - col : n - i;
+    const uint8_t *from = job->data + row * job->row_bytes, *tail = from + job->cols * job->bits / 8;
+    const int8_t *codes = buffer;
+    float ends[FQ_LANES];
+    memset(buffer + rest, 0, FQ_STEP);
+    if (job->bits == 8) {
+      memcpy(ends, tail, 2 * sizeof(float));
+      codes = load_bytes(from + col, rest, buffer);
+    } else {
+      char halves[FQ_LANES * 2] = {0};
+      memcpy(halves, tail, 4);
+      vf_store(ends, vf_load_f16(halves));
+      unpack_codes(from + col * job->bits / 8, rest, job->bits, buffer);
     }
+    const vf scale = vf_set(ends[0]), bias = vf_set(ends[1]);
+    for (int64_t k = 0; k < rest; k += FQ_LANES) {
+      const vf code = job->bits == 8 ? unsigned_byte(codes + k) : vf_add(signed_byte(codes + k), half);
+      vf_store(y + i + k, vf_add(vf_mul(code, scale), bias));
+    }
+    i += rest;
   }
 }
 
-#define FQ_RESTORE_BLOCKS(name, bits, minimum, middle)                                                                 \
-  static void restore_##name(const fq_job *job, int64_t begin, int64_t n, float *y) {                                  \
-    restore_blocks(job, (block_format){bits, minimum, middle}, begin, n, y);                                           \
-  }
-FQ_RESTORE_BLOCKS(q8_0, 8, 0, 0)
-FQ_RESTORE_BLOCKS(q4_0, 4, 0, 8)
-FQ_RESTORE_BLOCKS(q4_1, 4, 1, 0)
-FQ_RESTORE_BLOCKS(q5_0, 5, 0, 16)
-FQ_RESTORE_BLOCKS(q5_1, 5, 1, 0)
-
-/* A family that is not here is restored by the reference (cython_core/restore.py). */
 static span_restorer *const restorers[] = {
     [FQ_INTEGER] = restore_integer,
     [FQ_FP8_E4M3] = restore_e4m3,
     [FQ_FP8_E5M2] = restore_e5m2,
     [FQ_NF4] = restore_nf4,
     [FQ_FP4] = restore_fp4,
-    [FQ_Q8_0] = restore_q8_0,
-    [FQ_Q4_0] = restore_q4_0,
-    [FQ_Q4_1] = restore_q4_1,
-    [FQ_Q5_0] = restore_q5_0,
-    [FQ_Q5_1] = restore_q5_1,
+    [FQ_Q8_0] = FQ_NAME(restore_gguf),
+    [FQ_Q4_0] = FQ_NAME(restore_gguf),
+    [FQ_Q4_1] = FQ_NAME(restore_gguf),
+    [FQ_Q5_0] = FQ_NAME(restore_gguf),
+    [FQ_Q5_1] = FQ_NAME(restore_gguf),
+    [FQ_Q2_K] = FQ_NAME(restore_gguf),
+    [FQ_Q3_K] = FQ_NAME(restore_gguf),
+    [FQ_Q4_K] = FQ_NAME(restore_gguf),
+    [FQ_Q5_K] = FQ_NAME(restore_gguf),
+    [FQ_Q6_K] = FQ_NAME(restore_gguf),
+    [FQ_IQ4_NL] = FQ_NAME(restore_gguf),
+    [FQ_MXFP4_GGML] = FQ_NAME(restore_gguf),
     [FQ_ARROWQUANT] = restore_arrowquant,
     [FQ_BNB8] = restore_bnb8,
     [FQ_ONNX] = restore_onnx,
+    [FQ_FBGEMM] = restore_fbgemm,
     [FQ_MLX] = restore_mlx,
     [FQ_HQQ] = restore_hqq,
     [FQ_MXFP4] = restore_mxfp4,
     [FQ_MXFP8] = restore_e4m3,
     [FQ_NVFP4] = restore_nvfp4,
 };
-
-int FQ_NAME(restores)(int32_t family) {
-  return family >= 0 && (size_t)family < sizeof restorers / sizeof restorers[0] && restorers[family];
-}
 
 /* Write n weights from an index on. */
 FQ_INLINE void write_span(const fq_job *job, int64_t begin, int64_t n, float *y) {
@@ -431,34 +383,55 @@ FQ_INLINE void write_span(const fq_job *job, int64_t begin, int64_t n, float *y)
   }
 }
 
-/* Add the quality sums of n restored weights, as quantize makes them. */
-FQ_INLINE void compare_span(const fq_job *job, int64_t begin, int64_t n, float *y, fq_result *result) {
+/* Add the quality sums of n restored weights, as quantize makes them; those at `next` are read after them. */
+FQ_INLINE void compare_span(const fq_job *job, int64_t begin, int64_t n, int64_t next, float *y, fq_result *result) {
   _Alignas(64) float buffer[FQ_SPAN];
   const int64_t padded = round_up(n, FQ_LANES);
   const float *x = load_span(job, begin, n, buffer);
-  fetcher next = fetch_from(job, begin + n);
-  fetch_vectors(&next, (uintptr_t)(padded / FQ_LANES / 4 * 3));
+  fetcher fetch = fetch_from(job, next);
+  fetch_vectors(&fetch, (uintptr_t)(padded / FQ_LANES / 4 * 3));
   pi highs, lows;
   range_lanes(x, padded, 1, &highs, &lows);
   if (pi_highest(highs) >= FQ_INFINITY_BITS)
     note_bad(x, begin, n, result);
   for (int64_t i = n; i < padded; i++)
     y[i] = 0;
-  measure(x, y, padded, &next, result);
+  measure(x, y, padded, &fetch, result);
+}
+
+FQ_INLINE void restore_span(const fq_job *job, int64_t begin, int64_t n, int64_t next, fq_result *result) {
+  _Alignas(64) float buffer[FQ_SPAN];
+  const int in_place = job->restored && !job->weights && job->restored_dtype == FQ_F32 && n % FQ_LANES == 0;
+  float *y = in_place ? (float *)job->restored + begin : buffer;
+  restorers[job->family](job, begin, n, y);
+  if (job->restored)
+    write_span(job, begin, n, y);
+  if (job->weights)
+    compare_span(job, begin, n, next, y, result);
+}
+
+/* A strip of rows with a scale for each block of weights, in the order of quantize_strip. */
+static void restore_strip(const fq_job *job, int64_t begin, int64_t end, fq_result *result) {
+  const int64_t cols = job->cols;
+  for (int64_t col = 0; col < cols; col += FQ_PIECE) {
+    const int64_t width = cols - col < FQ_PIECE ? cols - col : FQ_PIECE;
+    for (int64_t at = begin + col; at < end; at += cols)
+      restore_span(job, at, width, at + cols, result);
+  }
+  if (result->first_bad >= 0) { /* in the order of the pieces */
+    result->first_bad = -1;
+    note_bad_strip(job, begin, end, result);
+  }
 }
 
 void FQ_NAME(restore)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) {
-  _Alignas(64) float buffer[FQ_SPAN];
-  span_restorer *const restorer = restorers[job->family];
+  if (job->in_blocks) {
+    restore_strip(job, begin, end, result);
+    return;
+  }
   for (int64_t at = begin; at < end;) {
-    const int64_t stop = span_end(job, at, end), n = stop - at;
-    const int in_place = job->restored && !job->weights && job->restored_dtype == FQ_F32 && n % FQ_LANES == 0;
-    float *y = in_place ? (float *)job->restored + at : buffer;
-    restorer(job, at, n, y);
-    if (job->restored)
-      write_span(job, at, n, y);
-    if (job->weights)
-      compare_span(job, at, n, y, result);
+    const int64_t stop = span_end(job, at, end);
+    restore_span(job, at, stop - at, stop, result);
     at = stop;
   }
 }

@@ -34,6 +34,7 @@ void FQ_NAME(shrink_range)(const double *errors, fq_range *range);
 void FQ_NAME(shrink_units)(const fq_job *job, const float *x, int64_t begin, int64_t units, int32_t *high,
                            int32_t *low);
 void FQ_NAME(repack)(const fq_job *job, int64_t row, int64_t end);
+void FQ_NAME(unpack)(const fq_job *job, int64_t row, int64_t end);
 void FQ_NAME(codebook_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 void FQ_NAME(dynamic8_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 void FQ_NAME(nest)(const fq_job *job);
@@ -42,7 +43,7 @@ void FQ_NAME(iq4_nl_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_
 void FQ_NAME(micro_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 void FQ_NAME(nvfp4_parameters)(const fq_job *job, const fq_range *range, float *global);
 void FQ_NAME(gguf_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
-int FQ_NAME(restores)(int32_t family);
+void FQ_NAME(restore_gguf)(const fq_job *job, int64_t begin, int64_t n, float *y);
 void FQ_NAME(restore)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 
 #endif

@@ -62,7 +62,7 @@ typedef struct fq_job {
   int64_t unit;            /* weights of a group or block, of two groups of 16; of a row if there are no groups */
   int64_t cols;            /* weights of a row */
   int64_t row_bytes;       /* packed bytes of a row */
-  uint8_t *packed;         /* where repack writes, or nest writes codes; null if data is the answer */
+  uint8_t *packed;         /* where repack writes, or nest codes, or unpack rows; null if data is all there is */
   float *outer;            /* where nest writes the scales of scales, and their mean */
   int32_t packing;         /* enum fq_packing */
   int32_t family;          /* enum fq_family */
@@ -115,12 +115,13 @@ typedef struct fq_kernels {
   /* Write the rows from one up to another, FQ_REPACK_ROWS of them or the last ones, in the job's packing; of
    * FQ_FOLDED, packed bytes or words. */
   void (*repack)(const fq_job *job, int64_t row, int64_t end);
+  /* What repack has written in data, back to rows of packed codes in packed, for the same rows. */
+  void (*unpack)(const fq_job *job, int64_t row, int64_t end);
   /* Quantize all scales: codes to packed, what they stand for to scales again. */
   void (*nest)(const fq_job *job);
-  /* Whether restore knows a family. */
-  int (*restores)(int32_t family);
-  /* Make the weights from begin up to end, whole units or a piece of one, of data, scales and zeros, which are only
-   * read and lie at any address: write them if restored is given, compare them with weights if those are. */
+  /* Make the weights from begin up to end, whole units or a piece of one, of data, scales and zeros (of FQ_NESTED,
+   * packed and outer in place of scales; of what was unpacked, packed in place of data), which are only read and lie at
+   * any address: write them if restored is given, compare them with weights if those are. */
   void (*restore)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 } fq_kernels;
 

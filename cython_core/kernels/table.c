@@ -100,6 +100,6 @@ const fq_kernels FQ_NAME(kernels) = {
     .quantize = quantize,
     .repack = repack,
     .nest = FQ_NAME(nest),
-    .restores = FQ_NAME(restores),
+    .unpack = FQ_NAME(unpack),
     .restore = FQ_NAME(restore),
 };

@@ -33,6 +33,17 @@ def test_the_first_and_last_eighth_and_every_third_block_have_more_bits() -> Non
     assert {chosen[name] for name in rest} == {"q4_k"}
 
 
+def test_falcon_has_its_own_types_and_fused_attention_those_of_values() -> None:
+    made = {f"blk.{block}.{kind}.weight": (256, 256) for block in range(16) for kind in ("attn_qkv", "ffn_down")}
+    more = [0, 1, 4, 7, 10, 13, 14, 15]
+    for architecture, first, down, output in (("falcon", "q6_k", "q5_k", "q8_0"), ("gpt2", "q6_k", "q6_k", "q6_k")):
+        chosen = q4_k_m(made | {"output.weight": (320, 256)}, architecture)
+        assert chosen["output.weight"] == output
+        assert {block: chosen[f"blk.{block}.attn_qkv.weight"] for block in more} == dict.fromkeys(more, "q6_k")
+        downs = [chosen[f"blk.{block}.ffn_down.weight"] for block in range(16)]
+        assert downs == [first, *(down if block in more else "q4_k" for block in range(1, 16))]
+
+
 def test_rows_that_256_does_not_divide_fall_back() -> None:
     chosen = q4_k_m(shapes(3, feed=352, tied=True), "llama")
     assert chosen["token_embd.weight"] == "q6_k"

@@ -114,13 +114,22 @@ def test_quality_is_what_quantize_said(isa_engine: Engine, index: int) -> None:
     assert (session.end.rows, session.end.failed_rows, session.end.bytes_out) == (len(layers), 0, 0)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+VARIANTS: list[dict[str, Any]] = [
+    *({"scheme": "nf4", "packing": "bnb-nested", "group_size": size} for size in (32, 4096)),
+    {"scheme": "fp4", "packing": "bnb-nested"},
+    *({"scheme": f"int{bits}", "packing": "fbgemm"} for bits in (8, 4, 2)),
+    {"scheme": "mxfp4", "packing": "gguf"},
+]
+
+
+@pytest.mark.parametrize("spec", SPECS + VARIANTS, ids=lambda spec: "-".join(map(str, spec.values())))
 def test_any_bytes_at_any_address_are_what_the_reference_makes_of_them(
     isa_engine: Engine, spec: dict[str, Any]
 ) -> None:
     """Every code, also those that no quantizer makes: numbers that are none, infinities, the highest negative."""
     rng = np.random.default_rng(11)
-    shape = (5, 512) if spec["granularity"] == "group" else (5, 519)
+    groups = spec.get("granularity") == "group" or spec["scheme"] == "mxfp4"
+    shape = (5, 512) if groups else (5, 516) if spec in VARIANTS else (131, 519)
     made = answer_to(spec, {"w": rng.standard_normal(shape).astype(np.float32)}).batch
     size = len(made.column("quantized_data")[0].as_buffer())
     for alignment in (1, 62):
@@ -156,6 +165,7 @@ LAYOUTS: list[dict[str, Any]] = [
     *({"scheme": "mlx", "bit_width": bits, "group_size": 32} for bits in (2, 3, 5, 6, 8)),
     *({"scheme": f"hqq{bits}", "group_size": 32} for bits in (8, 4, 3, 2)),
     {"scheme": "nvfp4"},
+    *VARIANTS,
 ]
 
 
@@ -163,7 +173,8 @@ LAYOUTS: list[dict[str, Any]] = [
 def test_other_layouts_and_widths(spec: dict[str, Any], isa_engine: Engine) -> None:
     """Any codes, in parts of tiles and rows that joined spans cross, an odd number of groups of 16, to any address."""
     rng = np.random.default_rng(12)
-    shapes = [(32, 64), (64, 192), (96, 96), (32, 2080), (64, 1056)]
+    shapes = [(32, 64), (64, 192), (96, 96), (32, 2080), (160, 1056)]
+    shapes += [(3, 52), (5, 2060), (2, 65540)] if spec.get("packing") in ("fbgemm", "bnb-nested") else []
     shapes += [(3, 48), (1, 16), (5, 2064)] if spec["scheme"] == "nvfp4" else []
     for shape in shapes:
         weights = (-np.abs(rng.standard_normal(shape)) - 0.1).astype(np.float32)
@@ -179,6 +190,17 @@ def test_other_layouts_and_widths(spec: dict[str, Any], isa_engine: Engine) -> N
         field = weights_type("float32")
         batch = made.batch.append_column(field, weights_array([weights], field, 3))
         same_bits(QuantizedSession(isa_engine, batch.schema, VERIFY, Limits()).answer(batch).sums, made.sums, "sums")
+
+
+def test_the_first_weight_that_is_not_finite_is_named_in_blocks_too(isa_engine: Engine) -> None:
+    """Blocks are taken a piece of columns at a time: a later weight is seen before an earlier one."""
+    weights = np.ones((130, 700), np.float32)
+    made = answer_to({"scheme": "fp8_e4m3", "granularity": "block"}, {"w": weights}).batch
+    weights[2, 650] = weights[5, 3] = np.inf
+    field = weights_type("float32")
+    answer = restored(isa_engine, made.append_column(field, weights_array([weights], field, 1)), VERIFY)
+    assert answer.column("status").to_pylist() == ["non_finite"]
+    assert f"weight {2 * 700 + 650} " in answer.column("error")[0].as_py()
 
 
 def test_golden_answers_become_the_references_weights(any_engine: Engine) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,11 @@ from fq_testing import Array, check_row, reference_layer, request, stored_as
 from pyarrow import flight
 
 from flightquant.reference import quality
+from flightquant.server.admission import Admission
 from flightquant.server.app import running_server
+from flightquant.server.calls import Call, CallCancelledError
 from flightquant.server.config import ServerConfig
+from flightquant.server.exchange import ASK_S, _Step
 from flightquant.spec import Command
 from flightquant.wire import ANSWER_FIELDS, SUMS_HEADER
 
@@ -218,3 +222,28 @@ def test_many_clients_at_once() -> None:
             thread.join()
         assert not errors
         assert 1 <= server.admission.peak_calls <= 8
+
+
+def test_grpc_is_asked_seldom_whether_a_call_was_cancelled_and_at_the_end_of_its_stream() -> None:
+    class Context:
+        asked, cancelled = 0, False
+
+        def is_cancelled(self) -> bool:
+            self.asked += 1
+            return self.cancelled
+
+    context = Context()
+    step = _Step(Call("id", "DoExchange"), context, Admission(1, 1), 60.0)
+    before = time.monotonic()
+    for _ in range(100):
+        step.check()
+        assert not step.is_due()
+    assert 1 <= context.asked <= 1 + (time.monotonic() - before) / ASK_S
+    context.cancelled = True
+    with pytest.raises(CallCancelledError):
+        step.check(at_end=True)
+    # What gRPC said once holds.
+    context.cancelled = False
+    assert step.is_due()
+    with pytest.raises(CallCancelledError):
+        step.check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pytest
 from fq_flight import eventually, exchange, fails, sample
 from fq_testing import request
-from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from pyarrow import flight
@@ -25,7 +26,7 @@ from flightquant.errors import ERRORS
 from flightquant.schemes import SCHEMES
 from flightquant.server.admission import Admission
 from flightquant.server.app import Server, running_server
-from flightquant.server.latency import Latency
+from flightquant.server.collectors import Latency, Totals
 from flightquant.server.metrics import FEW_NAMES, MAX_CLASS_LENGTH, MAX_LAYER_CLASSES, OTHER, Metrics, layer_keys
 from flightquant.spec import Command
 
@@ -147,6 +148,23 @@ def test_the_number_of_classes_is_bounded() -> None:
     assert sum(classes.values()) == len(words)
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_layers_of_a_usual_batch_cost_what_its_answer_says(rows: int) -> None:
+    names = ["model.layers.0.w", "model.layers.1.w", "h\u00e9ad", "model.layers.2.w", "x" * 500][-rows:]
+    batch = request({name: np.ones((i + 1, 32), np.float32) for i, name in enumerate(names)})
+    engine = Engine(1)
+    answer = engine.session(batch.schema, Command.build(scheme="int4", group_size=32)).quantize(batch)
+    engine.close()
+    assert answer.layers is not None
+    found = []
+    for given in (answer, replace(answer, layers=None)):
+        registry = CollectorRegistry()
+        Metrics(registry, Admission(1, 1), {}, 1).observe_answer(given, 7, 4)
+        found.append({key: value for key, value in samples(registry).items() if "process" not in key[0]})
+    assert found[0] == pytest.approx(found[1])
+    assert sum(value for (name, _), value in found[0].items() if name == "flightquant_layers_total") == rows
+
+
 def test_openmetrics_has_the_traces_of_calls_as_exemplars() -> None:
     trace = "4bf92f3577b34da6a3ce929d0e0e4736"
     headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
@@ -166,25 +184,36 @@ def test_openmetrics_has_the_traces_of_calls_as_exemplars() -> None:
         eventually(lambda: traced() == {"receive", "validate", "queue", "kernel", "write", "call"})
 
 
+def samples(registry: CollectorRegistry) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Every sample of a registry, without the times at which the library made its counters."""
+    return {
+        (item.name, frozenset(item.labels.items())): item.value
+        for family in registry.collect()
+        for item in family.samples
+        if not item.name.endswith("_created")
+    }
+
+
 def test_latency_counts_as_the_librarys_histogram() -> None:
     ours, theirs = CollectorRegistry(), CollectorRegistry()
     buckets = (0.001, 0.25, 1.0)
-    mine = Latency("x_seconds", "Time", "stage", ("a", "b"), buckets, ours)
+    mine = Latency("x_seconds", "Time", "stage", ("a", "b"), buckets, ours, threading.Lock())
     library = Histogram("x_seconds", "Time", ("stage",), buckets=buckets, registry=theirs)
     for stage in ("a", "b"):
         library.labels(stage)
     for seconds in (0.0005, 0.001, 0.2, 0.25, 0.3, 5.0):
-        mine.observe("a", seconds)
+        mine.note("a", seconds)
         library.labels("a").observe(seconds)
+    assert samples(ours) == samples(theirs)
 
-    def samples(registry: CollectorRegistry) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-        return {
-            (item.name, frozenset(item.labels.items())): item.value
-            for family in registry.collect()
-            for item in family.samples
-            if not item.name.endswith("_created")
-        }
 
+def test_totals_add_up_as_the_librarys_counter() -> None:
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    mine = Totals("x_bytes", "Bytes", ("scheme", "to"), ours, threading.Lock())
+    library = Counter("x_bytes_total", "Bytes", ("scheme", "to"), registry=theirs)
+    for labels, amount in ((("int4", "a"), 0.0), (("int4", "b"), 2.5), (("int8", "a"), 1e12)):
+        mine.values[labels] = amount
+        library.labels(*labels).inc(amount)
     assert samples(ours) == samples(theirs)
 
 
