@@ -67,6 +67,9 @@ def kernels(
     fast: Annotated[bool, typer.Option("--fast", help="Three rounds, and nothing over 16 Mi weights.")] = False,
     peers: Annotated[bool, typer.Option("--peers", help="Other installed libraries on the same weights too.")] = False,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all figures.")] = None,
+    table: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the table of schemes into a Markdown file that has one.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Plot each scheme under its roofs.")] = None,
 ) -> None:
     """Kernels against the read bandwidth measured in the same rounds, and against other libraries.
@@ -78,6 +81,11 @@ def kernels(
     for name in scheme or []:
         if name not in SCHEMES:
             raise typer.BadParameter(f"unknown scheme {name}; expected one of {', '.join(SCHEMES)}")
+    if table is not None:
+        try:
+            report.around_table(table)
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(str(error)) from None
     shapes = [_shape(text) for text in size or ["4096x4096"]]
     wanted = set(op or Op)
     rounds = min(rounds, 3) if fast else rounds
@@ -87,7 +95,7 @@ def kernels(
     console.print(header(facts), soft_wrap=True)
     found: dict[str, object] = {"machine": facts}
     rows: measured.Figures = []
-    if Op.schemes in wanted or plot is not None:
+    if Op.schemes in wanted or plot is not None or table is not None:
         for shape in shapes:
             rows += measured.schemes(chosen, shape, dtype or ["float32"], counts, rounds)
         report.print_schemes(console, rows)
@@ -116,6 +124,9 @@ def kernels(
     shares = load.shares()
     found["load"] = shares
     console.print(f"\nCPU time stolen by the host: {shares['stolen']:.1%}; used by this process: {shares['own']:.0%}")
+    if table is not None:
+        ran = f"flightquant bench kernels --op schemes --rounds {rounds}"
+        report.write_table(table, rows, ran, f"{header(facts)}; {shares['stolen']:.0%} of the CPU time stolen")
     write_json(json, found)
 
 

@@ -18,7 +18,7 @@ cdef extern from "fq.h" nogil:
         uint8_t *data
         float *scales
         float *zeros
-        int64_t n, unit, cols, row_bytes
+        int64_t n, unit, group, cols, row_bytes
         uint8_t *packed
         float *outer
         int32_t packing, family, dtype, bits, shared_scale, in_blocks, restored_dtype
@@ -43,14 +43,14 @@ cdef extern from "<time.h>" nogil:
 
 RESTORE_FIELDS = (
     "weights", "data", "scales", "zeros", "restored", "n", "unit", "cols", "row_bytes", "family", "dtype", "bits",
-    "shared_scale", "restored_dtype", "packing", "in_blocks",
+    "shared_scale", "restored_dtype", "packing", "in_blocks", "group",
 )
 """Columns of the matrix of jobs that :class:`Restorer` takes. The first five are addresses, 0 for none; the others are
 those of ``fq_job`` (kernels/fq.h)."""
 
 cdef enum:
     WEIGHTS, DATA, SCALES, ZEROS, RESTORED, N, UNIT, COLS, ROW_BYTES, FAMILY, DTYPE, BITS, SHARED_SCALE, RESTORED_DTYPE
-    PACKING, IN_BLOCKS, JOB_COLUMNS
+    PACKING, IN_BLOCKS, GROUP, JOB_COLUMNS
 
 
 cdef const fq_kernels *kernels_of(str isa) except NULL:
@@ -129,7 +129,7 @@ cdef class Restorer:
         job.n, job.unit, job.cols, job.row_bytes = row[N], row[UNIT], row[COLS], row[ROW_BYTES]
         job.family, job.dtype, job.bits = row[FAMILY], row[DTYPE], row[BITS]
         job.shared_scale, job.restored_dtype, job.packing = row[SHARED_SCALE], row[RESTORED_DTYPE], row[PACKING]
-        job.in_blocks = row[IN_BLOCKS]
+        job.in_blocks, job.group = row[IN_BLOCKS], row[GROUP]
         if job.packing == FQ_NESTED:
             job.packed, job.outer, job.scales = job.data + (job.n + 1) // 2, job.scales, NULL
 

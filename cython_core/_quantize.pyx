@@ -64,7 +64,7 @@ cdef extern from "fq.h" nogil:
         float *scales
         float *zeros
         const float *importance
-        int64_t n, unit, cols, row_bytes
+        int64_t n, unit, group, cols, row_bytes
         uint8_t *packed
         float *outer
         int32_t packing
@@ -148,7 +148,7 @@ SPEC_FIELDS = (
 
 cdef enum:  # columns of a job matrix
     WEIGHTS, DATA, SCALES, ZEROS, N, UNIT, COLS, ROW_BYTES, FAMILY, DTYPE, ARITHMETIC, SCALE_DTYPE, BITS, SYMMETRIC
-    SHARED_SCALE, IN_BLOCKS, DATA_BYTES, SCALE_COUNT, PACKING, SCRATCH, IMPORTANCE, SHRINKS, JOB_COLUMNS
+    SHARED_SCALE, IN_BLOCKS, DATA_BYTES, SCALE_COUNT, PACKING, SCRATCH, IMPORTANCE, SHRINKS, GROUP, JOB_COLUMNS
 
 JOB_WIDTH = JOB_COLUMNS
 
@@ -202,7 +202,7 @@ def lay_out(
     """
     cdef Py_ssize_t count = 0, i
     cdef int64_t scratch = 0, total = 0
-    cdef int64_t group_size, block_bytes, data, scales, zeros, unit
+    cdef int64_t group_size, block_bytes, data, scales, zeros
     cdef const int64_t[:] spec
     cdef int64_t[:] job
     offsets[0, 0] = offsets[1, 0] = offsets[2, 0] = 0
@@ -214,6 +214,7 @@ def lay_out(
             job[WEIGHTS], job[N], job[COLS] = starts[i], lengths[i], matrix[i, 1]
             job[IMPORTANCE], job[IN_BLOCKS], job[SHRINKS] = importance[i], spec[10], spec[14]
             # Units are whole vectors, two groups of 16 at a time: those of a row of an odd number join the next row's.
+            job[GROUP] = group_size if group_size else matrix[i, 1]
             job[UNIT] = max(group_size, 32) if group_size else matrix[i, 1]
             job[FAMILY], job[DTYPE], job[ARITHMETIC], job[SCALE_DTYPE] = spec[0], spec[1], spec[2], spec[3]
             job[BITS], job[SYMMETRIC], job[SHARED_SCALE] = spec[4], spec[5], spec[6]
@@ -231,8 +232,7 @@ def lay_out(
             if job[IN_BLOCKS]:
                 scales = (matrix[i, 0] + FQ_EDGE - 1) // FQ_EDGE * ((matrix[i, 1] + FQ_EDGE - 1) // FQ_EDGE)
             elif not (block_bytes or spec[13]):
-                unit = group_size if group_size else job[UNIT]
-                scales = 1 if job[SHARED_SCALE] else (lengths[i] + unit - 1) // unit
+                scales = 1 if job[SHARED_SCALE] else (lengths[i] + job[GROUP] - 1) // job[GROUP]
                 scales += job[FAMILY] == FQ_NVFP4
             if not job[SYMMETRIC]:
                 zeros = scales
@@ -242,7 +242,7 @@ def lay_out(
                 data += scales
                 scales = (scales + NESTED_BLOCK - 1) // NESTED_BLOCK + 1
             elif job[PACKING] == FQ_ZEROS_BEHIND and zeros:
-                data += matrix[i, 0] * ((matrix[i, 1] // job[UNIT] * job[BITS] + 7) // 8)
+                data += matrix[i, 0] * ((matrix[i, 1] // job[GROUP] * job[BITS] + 7) // 8)
             elif job[PACKING] == FQ_FOLDED:
                 scratch += data
                 data = folded(lengths[i], job[UNIT], job[BITS]) * (4 if job[BITS] == 3 else 1)
@@ -429,7 +429,7 @@ cdef class Plan:
             job.packed, job.data = job.data, <uint8_t *>(scratch + <uintptr_t>row[SCRATCH])
         job.scales = <float *>(scales + <uintptr_t>row[SCALES]) if row[SCALES] >= 0 else NULL
         job.zeros = <float *>(zeros + <uintptr_t>row[ZEROS]) if row[ZEROS] >= 0 else NULL
-        job.n, job.unit, job.cols, job.row_bytes = row[N], row[UNIT], row[COLS], row[ROW_BYTES]
+        job.n, job.unit, job.group, job.cols, job.row_bytes = row[N], row[UNIT], row[GROUP], row[COLS], row[ROW_BYTES]
         job.family, job.dtype, job.arithmetic = row[FAMILY], row[DTYPE], row[ARITHMETIC]
         job.scale_dtype, job.bits, job.symmetric = row[SCALE_DTYPE], row[BITS], row[SYMMETRIC]
         job.shared_scale, job.in_blocks, job.measure = row[SHARED_SCALE], row[IN_BLOCKS], measure

@@ -37,6 +37,8 @@ FIRST_SLICE_TILES = 40
 """The first slice, from whose time the others follow: the whole of a batch of 10 MiB."""
 SLICE_S = 0.005
 """What a slice should take at most: formats that search need 10 to 50 times as long for a tile as others."""
+MAX_KNOWN_COLUMNS, MAX_KNOWN_BYTES = 64, 16384
+"""Of a schema that is remembered from call to call."""
 Between = Callable[[float], None]
 """Told every few milliseconds how great a share of the work is done; what it raises ends the call."""
 
@@ -123,7 +125,8 @@ class Engine:
         InvalidRequestError
             The schema is not the contract's.
         """
-        request, answer, limits = Request(schema), answer_schema(schema), limits or Limits()
+        request, answer = _read_schema(schema)
+        limits = limits or Limits()
         return Session(self, request, answer, command, limits, plain_call(request, answer, command, limits, self.isa))
 
     def quantize_layers(self, layers: Sequence[Layer], command: Command, between: Between | None = None) -> Answer:
@@ -215,6 +218,35 @@ def _own_request(dtype: str) -> tuple[Request, pa.Schema]:
     """Request and answer schema of layers that come without a batch."""
     schema = pa.schema([pa.field("layer_name", pa.utf8()), weights_field(dtype)])
     return Request(schema), answer_schema(schema)
+
+
+class _Schema:
+    """A schema that is the same as another if all that is sent of it is, metadata included."""
+
+    def __init__(self, schema: pa.Schema, sent: bytes) -> None:
+        self.schema = schema
+        self._sent = sent
+
+    def __hash__(self) -> int:
+        return hash(self._sent)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Schema) and self._sent == other._sent
+
+
+def _read_schema(schema: pa.Schema) -> tuple[Request, pa.Schema]:
+    """What a schema says about a call's batches, and the schema of their answers."""
+    if len(schema) <= MAX_KNOWN_COLUMNS:
+        sent = schema.serialize().to_pybytes()
+        if len(sent) <= MAX_KNOWN_BYTES:
+            return _known_schema(_Schema(schema, sent))
+    return Request(schema), answer_schema(schema)
+
+
+@lru_cache(maxsize=64)
+def _known_schema(known: _Schema) -> tuple[Request, pa.Schema]:
+    """That of one of the last calls: most calls have the same."""
+    return Request(known.schema), answer_schema(known.schema)
 
 
 def abort_on(checked: CheckedBatch | CheckedRows, command: Command, rows_before: int) -> None:

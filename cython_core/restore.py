@@ -101,6 +101,7 @@ def _jobs(
         columns["in_blocks"][here] = spec.granularity == "block"
         columns["packing"][here] = PACKINGS.get(spec.scheme.packing, 0)
         columns["unit"][here] = unit_length(spec, cols[here])
+        columns["group"][here] = spec.group_size if spec.granularity == "group" else cols[here]
         if spec.scheme.rule == "onnx" or spec.scheme.transposed:  # their zero points stand behind all rows
             columns["row_bytes"][here] = spec.scheme.row_bytes(cols[here])
         elif not spec.scheme.flat:

@@ -178,7 +178,7 @@ class _Step:
         self._admission = admission
         self._timeout_s = timeout_s
         self._deadline = call.started + timeout_s
-        self._ask_at = 0.0
+        self._ask_at = time.monotonic() + ASK_S
         self._cancelled = False
 
     def _is_cancelled(self, now: float) -> bool:

@@ -34,7 +34,7 @@ FQ_INLINE void scale_by(const float *scales, const float *zeros, int64_t stop, i
 /* The scales of the units from one on, whose codes stand behind the weights', under scales of their own. */
 FQ_INLINE void unnest(const fq_job *job, int64_t first, int64_t units, float *scales) {
   enum { BLOCK = 256 };
-  const int64_t count = (job->n + job->unit - 1) / job->unit;
+  const int64_t count = (job->n + job->group - 1) / job->group;
   const float mean = float_at(job->outer, (count + BLOCK - 1) / BLOCK);
   for (int64_t i = 0; i < units; i++) {
     const float scaled = fq_dynamic_values[job->packed[first + i]] * float_at(job->outer, (first + i) / BLOCK);
@@ -44,18 +44,18 @@ FQ_INLINE void unnest(const fq_job *job, int64_t first, int64_t units, float *sc
 
 FQ_INLINE void scale_units(const fq_job *job, int64_t begin, int64_t n, const int8_t *codes, decoder *decode,
                            float *y) {
-  const int64_t unit = begin / job->unit, stop = (unit + 1) * job->unit - begin;
+  const int64_t unit = begin / job->group, stop = (unit + 1) * job->group - begin;
   if (job->packing == FQ_NESTED) {
     float scales[FQ_BLOCKS];
-    unnest(job, unit, (begin + n - 1) / job->unit + 1 - unit, scales);
-    scale_by(scales, NULL, stop, job->unit, n, codes, decode, y);
+    unnest(job, unit, (begin + n - 1) / job->group + 1 - unit, scales);
+    scale_by(scales, NULL, stop, job->group, n, codes, decode, y);
   } else if (job->in_blocks) { /* from the edge of one on, within a row */
     const int64_t across = (job->cols + FQ_EDGE - 1) / FQ_EDGE, row = begin / job->cols / FQ_EDGE;
     scale_by(job->scales + row * across + begin % job->cols / FQ_EDGE, NULL, FQ_EDGE, FQ_EDGE, n, codes, decode, y);
   } else if (job->shared_scale) {
     scale_by(job->scales, job->zeros, n, n, n, codes, decode, y);
   } else {
-    scale_by(job->scales + unit, job->zeros ? job->zeros + unit : NULL, stop, job->unit, n, codes, decode, y);
+    scale_by(job->scales + unit, job->zeros ? job->zeros + unit : NULL, stop, job->group, n, codes, decode, y);
   }
 }
 

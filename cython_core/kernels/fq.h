@@ -60,6 +60,7 @@ typedef struct fq_job {
   const float *importance; /* what an error in each column counts, in searches; null if all count alike */
   int64_t n;               /* weights in all: rows * cols, > 0 */
   int64_t unit;            /* weights of a group or block, of two groups of 16; of a row if there are no groups */
+  int64_t group;           /* weights under one scale: a unit, or one of two groups of 16 */
   int64_t cols;            /* weights of a row */
   int64_t row_bytes;       /* packed bytes of a row */
   uint8_t *packed;         /* where repack writes, or nest codes, or unpack rows; null if data is all there is */

@@ -1,10 +1,12 @@
-/* The codes of ONNX Runtime's MatMulNBits (flightquant/reference/onnx.py): groups of 32 to 256 weights with a scale,
+/* The codes of ONNX Runtime's MatMulNBits (flightquant/reference/onnx.py): groups of 16 to 256 weights with a scale,
  * which is negative where the extreme is, and a zero point or none. */
 #include "families.h"
 
+enum { GROUPS = FQ_SPAN / FQ_LANES };
+
 typedef struct {
-  _Alignas(64) int32_t high[FQ_BLOCKS], low[FQ_BLOCKS];
-  _Alignas(64) float scale[FQ_BLOCKS], inverse[FQ_BLOCKS], stored[FQ_BLOCKS], zero[FQ_BLOCKS];
+  _Alignas(64) int32_t high[GROUPS], low[GROUPS];
+  _Alignas(64) float scale[GROUPS], inverse[GROUPS], stored[GROUPS], zero[GROUPS];
 } group_parameters;
 
 FQ_INLINE float float_of(int32_t bits) {
@@ -29,7 +31,7 @@ FQ_INLINE void make_parameters(const fq_job *job, const float *x, int64_t groups
     }
     float extreme = above > below ? above : -below;
     if (g->high[i] == 0 && g->low[i] == 0)
-      memcpy(&extreme, x + i * job->unit, sizeof extreme); /* a zero keeps its sign */
+      memcpy(&extreme, x + i * job->group, sizeof extreme); /* a zero keeps its sign */
     g->scale[i] = extreme / -middle;
     g->zero[i] = middle;
   }
@@ -42,10 +44,10 @@ FQ_INLINE void make_parameters(const fq_job *job, const float *x, int64_t groups
 /* Parameters of the groups of a span. */
 FQ_INLINE void span_groups(const fq_job *job, const float *x, int64_t begin, int64_t n, group_parameters *g,
                            fq_result *result) {
-  const int64_t groups = n / job->unit, first = begin / job->unit;
+  const int64_t groups = n / job->group, first = begin / job->group;
   for (int64_t i = 0; i < groups; i += FQ_LANES) {
-    const float *from = x + i * job->unit;
-    if (range_units(from, job->unit, groups - i, 0, g->high + i, g->low + i) >= FQ_INFINITY_BITS)
+    const float *from = x + i * job->group;
+    if (range_units(from, job->group, groups - i, 0, g->high + i, g->low + i) >= FQ_INFINITY_BITS)
       note_bad(x, begin, n, result);
     make_parameters(job, x, groups, g, i);
   }
@@ -59,15 +61,14 @@ FQ_INLINE void quantize_span(const fq_job *job, fetcher *next, const float *x, i
                              int measured, int8_t *codes, float *y) {
   const vf levels = vf_set((float)((1 << job->bits) - 1)), none = vf_set(0);
   const vi half = vi_set(-(1 << (job->bits - 1)));
-  const int64_t blocks_each = job->unit / FQ_BLOCK;
   int shift = 0;
-  while (1 << shift < blocks_each)
+  while (FQ_LANES << shift < job->group)
     shift++;
   for (int64_t at = 0; at < n; at += FQ_STEP) {
     vi code[FQ_STEP / FQ_LANES];
     fetch_step(next, measured);
     for (int v = 0; v < FQ_STEP / FQ_LANES; v++) {
-      const int64_t i = at + v * FQ_LANES, group = (i / FQ_BLOCK) >> shift;
+      const int64_t i = at + v * FQ_LANES, group = (i / FQ_LANES) >> shift;
       const vf zero = vf_set(g->zero[group]);
       vf q = vf_add(vf_mul(vf_load(x + i), vf_set(g->inverse[group])), zero);
       q = vf_where_less(none, q, q, none); /* of 0 times infinity too */
@@ -108,7 +109,7 @@ void FQ_NAME(onnx_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_re
 
 /* The zero points of some rows; a row's last byte is filled up with middles. */
 void FQ_NAME(onnx_points)(const fq_job *job, int64_t row, int64_t end) {
-  const int64_t groups = job->cols / job->unit, each = 8 / job->bits, line = (groups + each - 1) / each;
+  const int64_t groups = job->cols / job->group, each = 8 / job->bits, line = (groups + each - 1) / each;
   const int32_t middle = 1 << (job->bits - 1);
   for (; row < end; row++) {
     for (int64_t byte = 0; byte < line; byte++) {

@@ -158,6 +158,7 @@ def _onnx(scheme: Scheme) -> Scheme:
         packing="onnx",
         rule="onnx",
         granularities=("group",),
+        group_sizes=(*scheme.group_sizes, 16),
         exact_with="onnxruntime 1.31.1",
         summary=f"{scheme.bits}-bit integers with a float scale of either sign, for ONNX Runtime's MatMulNBits",
     )

@@ -20,6 +20,8 @@ RESTORED_DTYPES = ("float32", "float16")
 CALIBRATIONS = ("absmax", "mse", "proximal")
 ON_ERROR = ("row", "abort")
 MAX_COMMAND_BYTES = 64 * 1024
+MAX_KNOWN_BYTES = 4096
+"""Of a command that is remembered from call to call."""
 
 _KEYS: dict[str, tuple[type, str]] = {
     "op": (str, "a string"),
@@ -117,7 +119,12 @@ class Command:
             Not a JSON object, an unknown key or value, or a combination that the scheme does not have; the message
             names the key, what was got and what is allowed.
         """
-        given = dict(raw) if isinstance(raw, Mapping) else _load_object(raw)
+        if isinstance(raw, bytes) and len(raw) <= MAX_KNOWN_BYTES:
+            return _parsed(raw)
+        return cls._read(dict(raw) if isinstance(raw, Mapping) else _load_object(raw))
+
+    @classmethod
+    def _read(cls, given: Mapping[str, Any]) -> Command:
         for key, value in given.items():
             if key not in _KEYS:
                 raise InvalidRequestError(
@@ -183,6 +190,12 @@ class Command:
 @lru_cache(maxsize=256, typed=True)
 def _built(**given: Any) -> Command:
     return Command.parse(given)
+
+
+@lru_cache(maxsize=256)
+def _parsed(raw: bytes) -> Command:
+    """A command of one of the last calls: most calls say the same."""
+    return Command._read(_load_object(raw))
 
 
 def _load_object(raw: bytes | str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -334,7 +334,8 @@ class EndMessage:
 
     def to_json(self) -> bytes:
         """The message's bytes, ``complete`` first."""
-        return json.dumps({"complete": True, **asdict(self)}).encode()
+        totals = {name: getattr(self, name) for name in self.__dataclass_fields__}  # asdict() copies each, for 20 us
+        return json.dumps({"complete": True, **totals}).encode()
 
     @classmethod
     def from_json(cls, raw: bytes) -> EndMessage | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flightquant.benchmarks import kernels
+from flightquant.benchmarks import kernels, report
 from flightquant.benchmarks.cli import app
 from flightquant.benchmarks.kernels import cases
 from flightquant.schemes import SCHEMES
@@ -40,6 +40,25 @@ def test_kernels_are_measured_against_reading(tmp_path: Path) -> None:
     assert set(found["in_cache"]) == {row["case"] for row in found["schemes"]}
     assert found["machine"]["cpu"] in printed
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_of_schemes_is_written_between_its_marks(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    begin, end = report.TABLE_MARKS
+    page.write_text(f"# Before\n\n{begin}\nold\n{end}\n\nAfter\n")
+    small = ("--scheme", "q8_0", "--scheme", "nf4", "--size", "64x1024", "--rounds", "1", "--table", str(page))
+    for _ in range(2):
+        run("kernels", "--op", "schemes", *small)
+    lines = page.read_text().splitlines()
+    assert lines[:3] == ["# Before", "", begin]
+    assert lines[-4:] == ["", end, "", "After"]
+    assert [line.split("|")[1].strip() for line in lines if line.startswith("| ")] == [
+        *("", "reading alone", "q8_0", "nf4", "nf4 bnb-nested")
+    ]
+    assert {line.count("|") for line in lines if line.startswith("|")} == {6}
+    page.write_text("no marks")
+    result = CliRunner().invoke(app, ["kernels", "--table", str(page)])
+    assert (result.exit_code, page.read_text()) == (2, "no marks")
 
 
 def test_reductions_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 from fq_testing import KINDS, answer_bytes, check_row, reference_layer, request, stored_as, weights_like
 
 from flightquant.cython_core.engine import Engine
+from flightquant.errors import InvalidRequestError
 from flightquant.spec import Command
 
 CANARY = 0xC5
@@ -144,3 +145,15 @@ def test_many_small_layers_in_one_batch(any_engine: Engine) -> None:
         answers = any_engine.session(batch.schema, command).quantize(batch).batch
         for i, weights in itertools.islice(enumerate(layers.values()), 0, None, 17):
             check_row(answers, i, reference_layer(weights, "float32", command))
+
+
+def test_schemas_are_told_apart_by_their_metadata_however_often_they_came(isa_engine: Engine) -> None:
+    names = pa.field("layer_name", pa.utf8())
+    halves = pa.list_(pa.uint16())
+    for _ in range(2):
+        tagged = pa.schema([names, pa.field("weights", halves, metadata={"dtype": "bfloat16"})])
+        assert isa_engine.session(tagged, Command.build(scheme="int8")).value_bytes == 2
+        with pytest.raises(InvalidRequestError, match="bfloat16"):
+            isa_engine.session(pa.schema([names, pa.field("weights", halves)]), Command.build(scheme="int8"))
+        noted = isa_engine.session(tagged.with_metadata({"by": "me"}), Command.build(scheme="int8"))
+        assert noted.schema.equals(isa_engine.session(tagged, Command.build(scheme="int8")).schema)

@@ -75,7 +75,9 @@ OPTIONS: list[dict[str, Any]] = [
     *({"scheme": scheme, "packing": "fbgemm"} for scheme in ("int8", "int4", "int2")),
     *(
         {"scheme": scheme, "packing": "onnx", "symmetric": symmetric, "group_size": size}
-        for (scheme, size), symmetric in itertools.product((("int2", 32), ("int4", 128), ("int8", 64)), (True, False))
+        for (scheme, size), symmetric in itertools.product(
+            (("int2", 16), ("int4", 128), ("int4", 16), ("int8", 64)), (True, False)
+        )
     ),
     *(
         {"scheme": "mlx", "bit_width": bits, "group_size": size}

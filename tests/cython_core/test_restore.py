@@ -162,6 +162,7 @@ LAYOUTS: list[dict[str, Any]] = [
         for symmetric, unit in ((True, {"group_size": 32}), (False, {"granularity": "channel"}))
     ),
     *({"scheme": scheme, "packing": "onnx", "group_size": 32} for scheme in ("int8", "int4", "int2")),
+    *({"scheme": f"int{bits}", "packing": "onnx", "group_size": 16, "symmetric": bits == 4} for bits in (8, 4, 2)),
     *({"scheme": "mlx", "bit_width": bits, "group_size": 32} for bits in (2, 3, 5, 6, 8)),
     *({"scheme": f"hqq{bits}", "group_size": 32} for bits in (8, 4, 3, 2)),
     {"scheme": "nvfp4"},
@@ -175,7 +176,7 @@ def test_other_layouts_and_widths(spec: dict[str, Any], isa_engine: Engine) -> N
     rng = np.random.default_rng(12)
     shapes = [(32, 64), (64, 192), (96, 96), (32, 2080), (160, 1056)]
     shapes += [(3, 52), (5, 2060), (2, 65540)] if spec.get("packing") in ("fbgemm", "bnb-nested") else []
-    shapes += [(3, 48), (1, 16), (5, 2064)] if spec["scheme"] == "nvfp4" else []
+    shapes += [(3, 48), (1, 16), (5, 2064)] if spec["scheme"] == "nvfp4" or spec.get("group_size") == 16 else []
     for shape in shapes:
         weights = (-np.abs(rng.standard_normal(shape)) - 0.1).astype(np.float32)
         weights[:, 1::2] *= -1  # every group has weights of both signs, which GPTQ's zero points need

@@ -223,6 +223,7 @@ def onnx(dtype: str) -> Iterator[Case]:
         options = {"scheme": scheme, "packing": "onnx", "symmetric": symmetric}
         yield from (((0, 22, COLS), {**options, "group_size": size}) for size in (32, 128))
         yield (10, 16, 96), {**options, "group_size": 32}
+        yield (10, 17, 48), {**options, "group_size": 16}
         if dtype == "float32":
             yield (0, 22, COLS), {**options, "group_size": 64, "scale_dtype": "bfloat16"}
             yield (0, 22, COLS), {**options, "group_size": 256}

@@ -257,7 +257,7 @@ def test_mxfp4_next_to_powers_of_two_is_ggmls() -> None:
 def test_matmulnbits_is_onnxruntimes(dtype: str, scheme: str, symmetric: bool) -> None:
     pytest.importorskip("onnxruntime")
     layers = matrices(dtype, seed=29)
-    for group_size in (32, 64, 128, 256):
+    for group_size in (16, 32, 64, 128, 256):
         options = {"scheme": scheme, "packing": "onnx", "group_size": group_size, "symmetric": symmetric}
         table = flightquant.quantize(request(layers, dtype), **options)
         for i, (name, weights) in enumerate(layers.items()):

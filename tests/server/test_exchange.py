@@ -238,7 +238,7 @@ def test_grpc_is_asked_seldom_whether_a_call_was_cancelled_and_at_the_end_of_its
     for _ in range(100):
         step.check()
         assert not step.is_due()
-    assert 1 <= context.asked <= 1 + (time.monotonic() - before) / ASK_S
+    assert context.asked <= (time.monotonic() - before) / ASK_S
     context.cancelled = True
     with pytest.raises(CallCancelledError):
         step.check(at_end=True)
