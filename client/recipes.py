@@ -108,6 +108,12 @@ class Recipe:
         if "preset" in given:
             given = {**preset(given["preset"]), **{key: value for key, value in given.items() if key != "preset"}}
         options = {key: value for key, value in given.items() if key in OPTION_KEYS}
+        if "scheme" not in options and "bit_width" not in options:
+            raise InvalidRequestError(
+                'the recipe has no "scheme", which layers get that no rule is about; expected one such as int4, or a '
+                f'"preset": {", ".join(available_presets())}',
+                field="scheme",
+            )
         command = Command.build(**options)
         target = _one_of(given, "target", TARGETS)
         rules = given.get("rules", [])

@@ -4,42 +4,7 @@ from cython.parallel cimport prange
 from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
 
-cdef extern from "fq.h" nogil:
-    enum:
-        FQ_TILE
-        FQ_EDGE
-        FQ_GPTQ
-        FQ_GPTQ_V2
-        FQ_AWQ
-        FQ_NESTED
-        FQ_REPACK_ROWS
-    ctypedef struct fq_job:
-        const void *weights
-        uint8_t *data
-        float *scales
-        float *zeros
-        int64_t n, unit, group, cols, row_bytes
-        uint8_t *packed
-        float *outer
-        int32_t packing, family, dtype, bits, shared_scale, in_blocks, restored_dtype
-        void *restored
-    ctypedef struct fq_result:
-        double sum_x2, sum_e2, sum_xe
-        float max_error
-        int64_t first_bad, nanoseconds
-    ctypedef struct fq_kernels:
-        void (*unpack)(const fq_job *job, int64_t row, int64_t end) noexcept nogil
-        void (*restore)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) noexcept nogil
-    const fq_kernels *fq_find(const char *name)
-
-cdef extern from "<time.h>" nogil:
-    ctypedef long time_t
-    struct timespec:
-        time_t tv_sec
-        long tv_nsec
-    enum:
-        CLOCK_MONOTONIC
-    int clock_gettime(int clock, timespec *to)
+include "kernels.pxi"
 
 RESTORE_FIELDS = (
     "weights", "data", "scales", "zeros", "restored", "n", "unit", "cols", "row_bytes", "family", "dtype", "bits",
@@ -58,16 +23,6 @@ cdef const fq_kernels *kernels_of(str isa) except NULL:
     if found == NULL:
         raise ValueError(f"this machine has no instruction set {isa!r}")
     return found
-
-
-cdef int64_t now() noexcept nogil:
-    cdef timespec time
-    clock_gettime(CLOCK_MONOTONIC, &time)
-    return <int64_t>time.tv_sec * 1000000000 + time.tv_nsec
-
-
-cdef struct Tile:
-    int64_t job, begin, end
 
 
 cdef class Restorer:

@@ -12,95 +12,7 @@ from libc.string cimport memcpy, memset
 
 import os
 
-cdef extern from "fq.h" nogil:
-    enum:
-        FQ_TILE
-        FQ_EDGE
-        FQ_SHRINKS
-        FQ_REPACK_ROWS
-    enum fq_packing:
-        FQ_AS_PACKED
-        FQ_GPTQ
-        FQ_GPTQ_V2
-        FQ_AWQ
-        FQ_NESTED
-        FQ_ZEROS_BEHIND
-        FQ_FOLDED
-    enum fq_dtype:
-        FQ_F32
-        FQ_F16
-        FQ_BF16
-        FQ_F64
-    enum fq_family:
-        FQ_INTEGER
-        FQ_Q8_0
-        FQ_Q4_0
-        FQ_Q4_1
-        FQ_Q5_0
-        FQ_Q5_1
-        FQ_NF4
-        FQ_FP4
-        FQ_Q2_K
-        FQ_Q3_K
-        FQ_Q4_K
-        FQ_Q5_K
-        FQ_Q6_K
-        FQ_IQ4_NL
-        FQ_FP8_E4M3
-        FQ_FP8_E5M2
-        FQ_MXFP4
-        FQ_MXFP8
-        FQ_NVFP4
-        FQ_ARROWQUANT
-        FQ_MLX
-        FQ_BNB8
-        FQ_ONNX
-        FQ_FBGEMM
-        FQ_MXFP4_GGML
-        FQ_HQQ
-    ctypedef struct fq_job:
-        const void *weights
-        uint8_t *data
-        float *scales
-        float *zeros
-        const float *importance
-        int64_t n, unit, group, cols, row_bytes
-        uint8_t *packed
-        float *outer
-        int32_t packing
-        int32_t family, dtype, arithmetic, scale_dtype, bits, symmetric, shared_scale, in_blocks, given_scales
-        int32_t shrinks, steps, measure
-    ctypedef struct fq_range:
-        int32_t high, low
-    ctypedef struct fq_result:
-        double sum_x2, sum_e2, sum_xe
-        float max_error
-        fq_range range
-        int64_t first_bad, nanoseconds
-    ctypedef struct fq_kernels:
-        const char *name
-        void (*reduce)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) noexcept nogil
-        void (*parameters)(
-            const fq_job *job, const fq_range *ranges, int64_t count, float *scales, float *zeros) noexcept nogil
-        void (*search_errors)(
-            const fq_job *job, const fq_range *range, int64_t begin, int64_t end, double *errors) noexcept nogil
-        void (*shrink_range)(const double *errors, fq_range *range) noexcept nogil
-        int (*count_steps)(const double *errors, int64_t n) noexcept nogil
-        void (*quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) noexcept nogil
-        void (*repack)(const fq_job *job, int64_t row, int64_t end) noexcept nogil
-        void (*nest)(const fq_job *job) noexcept nogil
-        void (*restore)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) noexcept nogil
-    const fq_kernels *fq_find(const char *name)
-    const char *fq_available(int i)
-
-cdef extern from "<time.h>" nogil:
-    ctypedef long time_t
-    struct timespec:
-        time_t tv_sec
-        long tv_nsec
-    enum:
-        CLOCK_MONOTONIC
-    int clock_gettime(int clock, timespec *to)
+include "kernels.pxi"
 
 cdef extern from *:
     """
@@ -149,6 +61,9 @@ SPEC_FIELDS = (
 cdef enum:  # columns of a job matrix
     WEIGHTS, DATA, SCALES, ZEROS, N, UNIT, COLS, ROW_BYTES, FAMILY, DTYPE, ARITHMETIC, SCALE_DTYPE, BITS, SYMMETRIC
     SHARED_SCALE, IN_BLOCKS, DATA_BYTES, SCALE_COUNT, PACKING, SCRATCH, IMPORTANCE, SHRINKS, GROUP, JOB_COLUMNS
+
+cdef enum:  # steps of a plan
+    REDUCE, SEARCH, QUANTIZE, REPACK, NEST, COMPARE
 
 JOB_WIDTH = JOB_COLUMNS
 
@@ -323,16 +238,6 @@ def quality_columns(
             sqnr_db[i] = <float>(10 * log10(x2 / e2))
             angle = (x2 + xe) / sqrt(x2 * y2) if x2 > 0 and y2 > 0 else 0
             cosine[i] = 1 if angle > 1 else -1 if angle < -1 else <float>angle
-
-
-cdef int64_t now() noexcept nogil:
-    cdef timespec time
-    clock_gettime(CLOCK_MONOTONIC, &time)
-    return <int64_t>time.tv_sec * 1000000000 + time.tv_nsec
-
-
-cdef struct Tile:
-    int64_t job, begin, end
 
 
 cdef class Plan:
@@ -534,14 +439,33 @@ cdef class Plan:
         free(self._repack_ns)
         free(self._nest_ns)
 
-    def reduce(self, int64_t first, int64_t last, int n_threads):
-        """Ranges of the tiles from ``first`` up to ``last`` of those whose scale covers more than one tile."""
+    cdef int _each(self, int step, int64_t first, int64_t last, int64_t count, int n_threads) except -1:
+        """Take one step of the tiles, or jobs, from ``first`` up to ``last`` of so many."""
         cdef int64_t i
-        if not 0 <= first <= last <= self.reduce_tiles:
-            raise IndexError(f"tiles {first} to {last} of {self.reduce_tiles}")
+        if not 0 <= first <= last <= count:
+            raise IndexError(f"{first} to {last} of {count}")
         with nogil:
             for i in prange(first, last, num_threads=n_threads, schedule="dynamic", chunksize=1):
-                self._reduce_one(i)
+                self._one(step, i)
+        return 0
+
+    cdef void _one(self, int step, int64_t i) noexcept nogil:
+        if step == REDUCE:
+            self._reduce_one(i)
+        elif step == SEARCH:
+            self._search_one(i)
+        elif step == QUANTIZE:
+            self._quantize_one(i)
+        elif step == REPACK:
+            self._repack_one(i)
+        elif step == NEST:
+            self._nest_one(i)
+        else:
+            self._compare_one(i)
+
+    def reduce(self, int64_t first, int64_t last, int n_threads):
+        """Ranges of the tiles from ``first`` up to ``last`` of those whose scale covers more than one tile."""
+        self._each(REDUCE, first, last, self.reduce_tiles, n_threads)
 
     cdef void _reduce_one(self, int64_t i) noexcept nogil:
         cdef int64_t start = now()
@@ -553,14 +477,9 @@ cdef class Plan:
 
     def search(self, int64_t first, int64_t last, int n_threads):
         """Errors of shrunk ranges, or of steps, for the tiles from ``first`` up to ``last``, those of ``reduce``."""
-        cdef int64_t i
-        if not 0 <= first <= last <= self.search_tiles:
-            raise IndexError(f"tiles {first} to {last} of {self.search_tiles}")
         if first == 0:
             self._share_ranges()
-        with nogil:
-            for i in prange(first, last, num_threads=n_threads, schedule="dynamic", chunksize=1):
-                self._search_one(i)
+        self._each(SEARCH, first, last, self.search_tiles, n_threads)
 
     cdef int64_t _unit(self, int64_t i) noexcept nogil:
         """The unit of its job that a tile of ``reduce`` belongs to."""
@@ -678,12 +597,7 @@ cdef class Plan:
 
     def quantize(self, int64_t first, int64_t last, int n_threads):
         """Quantize the tiles from ``first`` up to ``last``."""
-        cdef int64_t i
-        if not 0 <= first <= last <= self.tiles:
-            raise IndexError(f"tiles {first} to {last} of {self.tiles}")
-        with nogil:
-            for i in prange(first, last, num_threads=n_threads, schedule="dynamic", chunksize=1):
-                self._quantize_one(i)
+        self._each(QUANTIZE, first, last, self.tiles, n_threads)
 
     cdef void _quantize_one(self, int64_t i) noexcept nogil:
         cdef int64_t start = now()
@@ -693,12 +607,7 @@ cdef class Plan:
 
     def repack(self, int64_t first, int64_t last, int n_threads):
         """Write what was packed in the layouts that need all of it, for the tiles from ``first`` up to ``last``."""
-        cdef int64_t i
-        if not 0 <= first <= last <= self.repack_tiles:
-            raise IndexError(f"tiles {first} to {last} of {self.repack_tiles}")
-        with nogil:
-            for i in prange(first, last, num_threads=n_threads, schedule="dynamic", chunksize=1):
-                self._repack_one(i)
+        self._each(REPACK, first, last, self.repack_tiles, n_threads)
 
     cdef void _repack_one(self, int64_t i) noexcept nogil:
         cdef int64_t start = now()
@@ -708,34 +617,24 @@ cdef class Plan:
 
     def nest(self, int64_t first, int64_t last, int n_threads):
         """Quantize the scales of those jobs from ``first`` up to ``last`` whose scales are quantized too."""
-        cdef int64_t i
-        if not 0 <= first <= last <= self.nested:
-            raise IndexError(f"jobs {first} to {last} of {self.nested}")
-        with nogil:
-            for i in prange(first, last, num_threads=n_threads, schedule="dynamic", chunksize=1):
-                if self._jobs[i].packing == FQ_NESTED:
-                    self._nest_one(i)
+        self._each(NEST, first, last, self.nested, n_threads)
 
     cdef void _nest_one(self, int64_t i) noexcept nogil:
         cdef int64_t start = now()
-        self._kernels.nest(&self._jobs[i])
-        self._nest_ns[i] = now() - start
+        if self._jobs[i].packing == FQ_NESTED:
+            self._kernels.nest(&self._jobs[i])
+            self._nest_ns[i] = now() - start
 
     def compare(self, int64_t first, int64_t last, int n_threads):
         """Measure the weights of these jobs, for the tiles from ``first`` up to ``last``."""
-        cdef int64_t i
-        if not 0 <= first <= last <= self.compared:
-            raise IndexError(f"tiles {first} to {last} of {self.compared}")
-        with nogil:
-            for i in prange(first, last, num_threads=n_threads, schedule="dynamic", chunksize=1):
-                if self._jobs[self._tiles[i].job].packing == FQ_NESTED:
-                    self._compare_one(i)
+        self._each(COMPARE, first, last, self.compared, n_threads)
 
     cdef void _compare_one(self, int64_t i) noexcept nogil:
         cdef int64_t start = now()
         cdef Tile *tile = &self._tiles[i]
-        self._kernels.restore(&self._jobs[tile.job], tile.begin, tile.end, &self._results[i])
-        self._results[i].nanoseconds += now() - start
+        if self._jobs[tile.job].packing == FQ_NESTED:
+            self._kernels.restore(&self._jobs[tile.job], tile.begin, tile.end, &self._results[i])
+            self._results[i].nanoseconds += now() - start
 
     def finish(
         self, double[:, ::1] sums, int64_t[::1] first_bad, int64_t[::1] unheld, int64_t[::1] nanoseconds

@@ -5,6 +5,7 @@ Exit codes: 0; 1 for a failure; 2 for wrong usage; 3 where ``verify`` found laye
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -22,6 +23,7 @@ _EXTRAS = {
     "grpc_health": "server",
     "prometheus_client": "server",
 }
+_NO_MEMORY = "there is not enough memory; some layers and their answers must fit into it"
 
 
 def main() -> None:
@@ -43,8 +45,20 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            fail(_with_notes(_NO_MEMORY, error))
         text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error.strerror
         fail(_with_notes(text or str(error), error))
+    except MemoryError as error:
+        fail(_with_notes(_NO_MEMORY, error))
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        fail(
+            _with_notes(
+                "the system starts no more threads for this process; raise its limits, or give --threads 1", error
+            )
+        )
     except KeyboardInterrupt as error:
         fail(_with_notes("interrupted", error), 130)
 

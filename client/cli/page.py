@@ -32,7 +32,15 @@ th { color: var(--soft); font-weight: 600; position: sticky; top: 0; background:
 th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 17rem }
 .scroll { overflow-x: auto } .meter { width: 4rem } .meter div { height: .6rem; border-radius: .2rem;
   background: var(--bar); min-width: 1px } .cost div { background: var(--warm) }
-svg { width: 100%; height: auto; display: block } svg text { fill: var(--soft); font: 12px system-ui, sans-serif }
+.sizes { display: grid; grid-template-columns: auto 1fr auto; gap: .5rem .75rem; align-items: center;
+  color: var(--soft) }
+.sizes div { height: 1.5rem; border-radius: .2rem; background: var(--bar); min-width: 1px }
+.sizes .was { background: var(--warm) }
+.bins { display: flex; align-items: end; gap: 2px; border-bottom: 1px solid var(--line) }
+.bins span { flex: 1; min-width: 0; text-align: center; font-size: .8rem; color: var(--soft) }
+.bins span div { background: var(--bar) }
+.ticks { display: flex; justify-content: space-between; font-size: .8rem; color: var(--soft) }
+@media (max-width: 40rem) { th:first-child, td:first-child { min-width: 9rem } .bins, .ticks { font-size: .7rem } }
 """
 
 
@@ -64,7 +72,11 @@ def write_page(path: Path, result: Conversion, *, source: str, output: str) -> N
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
     )
-    path.write_text(html, encoding="utf-8")
+    try:
+        path.write_text(html, encoding="utf-8")
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _cards(result: Conversion) -> str:
@@ -85,43 +97,25 @@ def _cards(result: Conversion) -> str:
 
 def _sizes(result: Conversion) -> str:
     largest = max(result.bytes_in, result.bytes_out, 1)
-    bars = []
-    for row, (label, nbytes) in enumerate((("before", result.bytes_in), ("after", result.bytes_out))):
-        y, width = 8 + 34 * row, max(1.0, 760 * nbytes / largest)
-        bars.append(
-            f'<text x="0" y="{y + 17}">{label}</text>'
-            f'<rect x="60" y="{y}" width="{width:.1f}" height="24" rx="3" fill="var(--{("warm", "bar")[row]})"/>'
-            f'<text x="{68 + width:.1f}" y="{y + 17}">{size(nbytes)}</text>'
-        )
-    return f'<svg viewBox="0 0 960 74" role="img" aria-label="sizes">{"".join(bars)}</svg>'
+    rows = (("before", result.bytes_in, ' class="was"'), ("after", result.bytes_out, ""))
+    bars = (
+        f'<span>{label}</span><div{kind} style="width:{nbytes / largest:.1%}"></div><span>{size(nbytes)}</span>'
+        for label, nbytes, kind in rows
+    )
+    return f'<div class="sizes">{"".join(bars)}</div>'
 
 
 def _histogram(ratios: Sequence[float]) -> str:
     if not ratios:
         return "<p>Not measured.</p>"
     counts, edges = np.histogram(ratios, bins=min(24, max(1, len(set(ratios)))))
-    width, tall = 880 / len(counts), 160
-    bars = []
-    for i, number in enumerate(counts.tolist()):
-        height = tall * number / counts.max()
-        bars.append(
-            f'<rect x="{40 + i * width:.1f}" y="{20 + tall - height:.1f}" width="{max(1, width - 2):.1f}" '
-            f'height="{height:.1f}" fill="var(--bar)"><title>{edges[i]:.2f} to {edges[i + 1]:.2f} dB: {number} layers'
-            f"</title></rect>"
-        )
-        if number:
-            bars.append(
-                f'<text x="{40 + (i + 0.5) * width - 1:.1f}" y="{14 + tall - height:.1f}" '
-                f'text-anchor="middle">{number}</text>'
-            )
-    step = max(1, len(counts) // 6)
-    ticks = [
-        f'<text x="{40 + i * width:.1f}" y="{tall + 38}" text-anchor="middle">{edges[i]:.1f}</text>'
-        for i in range(0, len(edges), step)
-    ]
-    axis = f'<line x1="40" x2="920" y1="{tall + 20.5}" y2="{tall + 20.5}" stroke="var(--line)"/>'
-    label = 'role="img" aria-label="histogram of SQNR"'
-    return f'<svg viewBox="0 0 960 {tall + 46}" {label}>{axis}{"".join(bars)}{"".join(ticks)}</svg>'
+    bars = (
+        f'<span title="{edges[i]:.2f} to {edges[i + 1]:.2f} dB: {number} layers">{number or ""}'
+        f'<div style="height:{10 * number / counts.max():.2f}rem"></div></span>'
+        for i, number in enumerate(counts.tolist())
+    )
+    ticks = "".join(f"<span>{edge:.1f}</span>" for edge in np.linspace(edges[0], edges[-1], 5))
+    return f'<div class="bins">{"".join(bars)}</div><div class="ticks">{ticks}</div>'
 
 
 def _layers(layers: Sequence[LayerResult]) -> str:
@@ -132,7 +126,7 @@ def _layers(layers: Sequence[LayerResult]) -> str:
     slowest = max((each.kernel_ns for each in layers), default=1) or 1
     head = "".join(
         f"<th>{name}</th>"
-        for name in ("layer", "scheme", "weights", "before", "after", "SQNR dB", "", "cosine", "max error",
+        for name in ("layer", "SQNR dB", "", "cosine", "max error", "scheme", "weights", "before", "after",
                      "kernels ms", "")
     )  # fmt: skip
     rows = []
@@ -140,15 +134,15 @@ def _layers(layers: Sequence[LayerResult]) -> str:
         measured = each.sqnr_db is not None
         share = min(max(ratio(each) / best, 0), 1) if measured else 0
         cells = (
-            f"<code>{escape(each.name)}</code>",
-            escape(each.scheme),
-            count(each.weights),
-            size(each.bytes_in),
-            size(each.bytes_out),
+            _name(each.name),
             f"{each.sqnr_db:.2f}" if each.sqnr_db is not None else "-",
             f'<div class="meter"><div style="width:{share:.1%}"></div></div>',
             f"{each.cosine:.6f}" if each.cosine is not None else "-",
             f"{each.max_abs_error:.3g}" if each.max_abs_error is not None else "-",
+            escape(each.scheme),
+            count(each.weights),
+            size(each.bytes_in),
+            size(each.bytes_out),
             f"{each.kernel_ns / 1e6:.2f}",
             f'<div class="meter cost"><div style="width:{each.kernel_ns / slowest:.1%}"></div></div>',
         )
@@ -157,5 +151,10 @@ def _layers(layers: Sequence[LayerResult]) -> str:
 
 
 def _kept(kept: dict[str, str]) -> str:
-    rows = (f"<tr><td><code>{escape(name)}</code></td><td>{escape(why)}</td></tr>" for name, why in kept.items())
+    rows = (f"<tr><td>{_name(name)}</td><td>{escape(why)}</td></tr>" for name, why in kept.items())
     return f'<div class="scroll"><table><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _name(layer: str) -> str:
+    """A layer's name, which may be broken behind its dots."""
+    return f"<code>{escape(layer).replace('.', '.<wbr>')}</code>"

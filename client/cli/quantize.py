@@ -25,12 +25,16 @@ from flightquant.client.recipes import OPTION_KEYS, TARGETS, Recipe, available_p
 from flightquant.client.safetensors import FLOATS
 from flightquant.client.sinks import sizes
 from flightquant.client.sources import Source, open_source
+from flightquant.errors import InvalidRequestError
 from flightquant.layers import Layer
+from flightquant.reference.numeric import F32
 from flightquant.schemes import GRANULARITIES, SCALE_DTYPES, SCHEMES
 from flightquant.spec import CALIBRATIONS, Command
 
 CONNECT_S = 3.0
 """How long a server is tried that cannot be reached: who waits at a terminal has most likely mistyped its address."""
+MAX_THREADS = 1024
+"""Where the system gives no more, the thread library ends the process with words of its own."""
 EXAMPLES = """
 [bold]Examples[/]
 
@@ -159,10 +163,11 @@ def quantize(
         Path | None, typer.Option(metavar="FILE", help="PEM file of the server's authority.", show_default=False)
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option(metavar="S", help="Deadline of each call to the server.", show_default=False)
+        float | None, typer.Option(metavar="S", min=0, help="Deadline of each call to the server.", show_default=False)
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="Compute threads on this machine.", show_default="all it may use")
+        int | None,
+        typer.Option(min=1, max=MAX_THREADS, help="Compute threads on this machine.", show_default="all it may use"),
     ] = None,
 ) -> None:
     """Quantize a model into what vLLM, transformers or llama.cpp loads, or into a table.
@@ -181,6 +186,8 @@ def quantize(
         "target": target,
     }
     made = build_recipe(preset, recipe, options, keep or [])
+    if report is not None:
+        report.touch()  # where it cannot be written, better now than after the work
     with open_source(model) as source:
         if dry_run:
             _show_plan(source, output, made, as_json=as_json, local=server is None, threads=threads)
@@ -189,13 +196,36 @@ def quantize(
         with QuantClient(
             server or LOCAL, credentials=access, timeout_s=timeout, retry=Retry(connect_s=CONNECT_S), n_threads=threads
         ) as client:
-            result = _convert(source, output, made, client, importance, quality=quality, resume=resume)
+            files = importance_files(recipe, importance)
+            result = _convert(source, output, made, client, files, quality=quality, resume=resume)
     if report is not None:
         write_page(report, result, source=model, output=output)
     if as_json:
         typer.echo(json.dumps(conversion_facts(result, output)))
     else:
         print_conversion(console(), result, output)
+
+
+def importance_files(path: Path | None, given: str | None) -> dict[str, str]:
+    """The file of each pattern of layers: the option's for all, else those of the recipe's key ``importance``.
+
+    The recipe's paths are taken from where it lies.
+
+    Raises
+    ------
+    InvalidRequestError
+        The recipe holds something else there.
+    """
+    if given is not None or path is None:
+        return {"*": given} if given is not None else {}
+    told = read_recipe(path).get("importance", {})
+    files = {"*": told} if isinstance(told, str) else told
+    if not isinstance(files, dict) or not all(isinstance(each, str) for pair in files.items() for each in pair):
+        raise InvalidRequestError(
+            f'"importance" in {path.name} is {str(told)[:80]}; expected a file, or a file for each pattern of layers',
+            field="importance",
+        )
+    return {pattern: file if "://" in file else str(path.parent / file) for pattern, file in files.items()}
 
 
 def build_recipe(name: str | None, path: Path | None, options: dict[str, Any], keep: list[str]) -> Recipe:
@@ -212,6 +242,7 @@ def build_recipe(name: str | None, path: Path | None, options: dict[str, Any], k
     if path is not None:
         read = read_recipe(path)
         keys = {**keys, **preset(read.pop("preset"))} if "preset" in read else keys
+        read.pop("importance", None)  # no part of how a layer is quantized: importance_files
         keys |= read
     given = {key: value for key, value in options.items() if value is not None}
     if "scheme" in given:
@@ -221,7 +252,8 @@ def build_recipe(name: str | None, path: Path | None, options: dict[str, Any], k
     keys |= given
     patterns = [pattern for each in keep for pattern in each.split(",") if pattern.strip()]
     kept = keys.get("keep", [])
-    keys["keep"] = [*(kept.split(",") if isinstance(kept, str) else kept), *patterns]
+    if isinstance(kept, str | list):  # else the recipe is wrong, which is told where all of it is looked at
+        keys["keep"] = [*(kept.split(",") if isinstance(kept, str) else kept), *patterns]
     return Recipe.parse(keys)
 
 
@@ -230,18 +262,20 @@ def _convert(
     output: str,
     recipe: Recipe,
     client: QuantClient,
-    importance: str | None,
+    importance: dict[str, str],
     *,
     quality: bool,
     resume: bool,
 ) -> Conversion:
     plan = plan_of(source, output, recipe)
-    counts = None if importance is None else read_importance(importance, plan)
+    counts: dict[str, F32] = {}
+    for pattern, file in importance.items():
+        counts |= read_importance(file, plan, pattern)
     with LayerProgress({name: source.tensors[name].nbytes for name in plan.commands}) as progress:
 
         def quantize_all(layers: Selection, command: Command) -> Iterator[pa.RecordBatch]:
             options = {**command.options(), "metrics": quality}
-            return client.stream(layers, **options, importance=counts, progress=progress.tell)
+            return client.stream(layers, **options, importance=counts or None, progress=progress.tell)
 
         return convert(source, output, recipe, quantize_all, resume=resume, already=progress.tell, importance=counts)
 

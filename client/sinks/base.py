@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -95,6 +96,8 @@ class Sink(ABC):
         try:
             yield
         except OSError as error:
+            if error.errno is not None and "Detail: [errno" in str(error.strerror):  # a text of Arrow's own
+                error.strerror = os.strerror(error.errno)
             if error.filename is None:
                 error.filename = self._work.target.uri
             raise

@@ -58,18 +58,20 @@ class Work:
         self.output = self.folder / OUTPUT
         self.done: dict[str, dict[str, Any]] = {}
         self._check_target()
+        self._journal = self.folder / JOURNAL
         try:
             self.folder.mkdir(exist_ok=True)
+            self._lock()
+            try:
+                self._open({"work": digest, "boot": _boot()}, resume=resume)
+            except BaseException:
+                if not resume:
+                    shutil.rmtree(self.folder, ignore_errors=True)
+                os.close(self._held)
+                raise
         except OSError as error:
             # The user knows only the name that was asked for.
             raise type(error)(error.errno, error.strerror, target.uri) from None
-        self._lock()
-        self._journal = self.folder / JOURNAL
-        try:
-            self._open({"work": digest, "boot": _boot()}, resume=resume)
-        except BaseException:
-            os.close(self._held)
-            raise
 
     def _open(self, header: Mapping[str, Any], *, resume: bool) -> None:
         kept = self._read(header) if resume else None
@@ -89,10 +91,10 @@ class Work:
 
     def _check_target(self) -> None:
         local = self.target.local
-        if local is not None and local.is_dir() and any(local.iterdir()):
-            raise InvalidRequestError(
-                f"{self.target.uri} exists and is not empty; remove it or choose another output", field="output"
-            )
+        if local is None or not local.exists() or (local.is_dir() and not any(local.iterdir())):
+            return
+        full = " and is not empty" if local.is_dir() else ""
+        raise InvalidRequestError(f"{self.target.uri} exists{full}; remove it or choose another output", field="output")
 
     def _lock(self) -> None:
         self._held = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)

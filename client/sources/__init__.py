@@ -77,7 +77,7 @@ def _open_place(where: Place) -> Source:
 
 def _open_folder(where: Place) -> Source:
     names = [where.relative(info.path) for info in where.files(recursive=True)]
-    if any(name.endswith(".safetensors") and "/" not in name for name in names):
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) and "/" not in name for name in names):
         return checkpoint.open_folder(where)
     kinds = {_TABLE_SUFFIXES[suffix] for name in names for suffix in _TABLE_SUFFIXES if name.endswith(suffix)}
     if len(kinds) == 1:

@@ -107,7 +107,8 @@ def _guarded(place: Place, call: Any) -> Any:
         return call()
     except OSError as error:
         if error.errno is not None and error.strerror:
-            raise type(error)(error.errno, re.sub(r"^\[Errno \d+\] ", "", error.strerror), place.uri) from None
+            told = os.strerror(error.errno) if place.local else re.sub(r"^\[Errno \d+\] ", "", error.strerror)
+            raise type(error)(error.errno, told, place.uri) from None
         raise UnavailableError(f"{place.uri} cannot be reached: {_first_sentence(error)}") from None
     except (pa.ArrowException, ValueError) as error:
         raise UnavailableError(f"{place.uri} cannot be reached: {_first_sentence(error)}") from None
@@ -126,9 +127,11 @@ def place(where: str | os.PathLike[str]) -> Place:
     Raises
     ------
     InvalidRequestError
-        No file system is known for the URI.
+        No file system is known for the URI, or it is empty.
     """
     text = os.fspath(where)
+    if not text:
+        raise InvalidRequestError("the path is empty; expected that of a file or folder, or a URI", field="uri")
     found = _URI.match(text)
     if found is None or found[1] == "file":
         path = Path(text.removeprefix("file://"))
