@@ -389,8 +389,9 @@ FQ_INLINE void compare_span(const fq_job *job, int64_t begin, int64_t n, int64_t
   const int64_t padded = round_up(n, FQ_LANES);
   const float *x = load_span(job, begin, n, buffer);
   fetcher fetch = fetch_from(job, next);
+  fetch_vectors(&fetch, (uintptr_t)(padded / FQ_LANES / 4 * 3));
   pi highs, lows;
-  range_lanes(&fetch, x, padded, 1, &highs, &lows);
+  range_lanes(x, padded, 1, &highs, &lows);
   if (pi_highest(highs) >= FQ_INFINITY_BITS)
     note_bad(x, begin, n, result);
   for (int64_t i = n; i < padded; i++)
