@@ -2,19 +2,24 @@
 
 One stream sends layers of 4 KiB, one after the other, for SECONDS: alone; while another process sends layers of 1 GiB
 again and again, in one message each, then in parts as this project's client sends them; while a hundred clients that
-write as fast as they may and read one answer of 256 KiB a second come; when their streams are full; and alone again.
-Prints the milliseconds of the small layers' round trips.
+write as fast as they may and read one answer of 256 KiB a second come; when their streams are full, in turns with
+seconds in which their process is halted; and alone again.
+Prints the milliseconds of the small layers' round trips, and the share of a CPU that the server and the others took
+meanwhile: the hundred have the lowest priority, since on their own machines they would take nothing of the server's.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +88,7 @@ def read_slowly(location: str, scheme: str) -> None:
 
 def be_slow(location: str, scheme: str) -> None:
     """A hundred of them."""
+    os.nice(19)
     threads = [threading.Thread(target=read_slowly, args=(location, scheme)) for _ in range(SLOW)]
     for thread in threads:
         thread.start()
@@ -90,6 +96,12 @@ def be_slow(location: str, scheme: str) -> None:
     sys.stdout.flush()
     for thread in threads:
         thread.join()
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process until now."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def round_trips(location: str, scheme: str, seconds: float) -> list[float]:
@@ -110,8 +122,8 @@ def round_trips(location: str, scheme: str, seconds: float) -> list[float]:
 
 
 @contextmanager
-def others(*arguments: str) -> Iterator[list[str]]:
-    """Others in a process of their own, from its first line on; the lines that it prints."""
+def others(*arguments: str) -> Iterator[tuple[int, list[str]]]:
+    """Others in a process of their own, from its first line on: its number, and the lines that it prints."""
     lines: list[str] = []
     with subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True) as process:
         out = process.stdout
@@ -120,10 +132,33 @@ def others(*arguments: str) -> Iterator[list[str]]:
         thread = threading.Thread(target=lambda: lines.extend(out))
         thread.start()
         try:
-            yield lines
+            yield process.pid, lines
         finally:
             process.kill()
             thread.join()
+
+
+def measure(what: str, location: str, scheme: str, seconds: float, server: int, beside: int | None = None) -> None:
+    """One line of the outcome; ``server`` and ``beside`` are the processes whose CPU time is told."""
+    pids = [server] if beside is None else [server, beside]
+    before = [cpu_seconds(pid) for pid in pids]
+    found = round_trips(location, scheme, seconds)
+    shares = [f"{(cpu_seconds(pid) - then) / seconds:.2f}" for pid, then in zip(pids, before, strict=True)]
+    tell(what, found)
+    sys.stdout.write(f"  CPUs of the server and the others: {', '.join(shares)}\n")
+    sys.stdout.flush()
+
+
+def in_turns(location: str, scheme: str, seconds: float, other: int) -> None:
+    """A second beside a process, a second while it is halted, and so on: the same machine and server for both."""
+    running, halted = [], []
+    for _ in range(int(seconds)):
+        running += round_trips(location, scheme, 1)
+        os.kill(other, signal.SIGSTOP)
+        halted += round_trips(location, scheme, 1)
+        os.kill(other, signal.SIGCONT)
+    tell(f"beside {SLOW} slow readers", running)
+    tell(f"beside {SLOW} that are halted, in turns with it", halted)
 
 
 def tell(what: str, found: list[float]) -> None:
@@ -143,20 +178,20 @@ def main() -> None:
     scheme = sys.argv[1] if len(sys.argv) > 1 else "int4"
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 10.0
     with server_process(*LIMITS) as server:
-        location = server.location
-        tell("alone", round_trips(location, scheme, seconds))
+        location, pid = server.location, server.process.pid
+        measure("alone", location, scheme, seconds, pid)
         for how in ("whole", "parts"):
-            with others("--large", location, scheme, how) as lines:
-                found = round_trips(location, scheme, seconds)
-                answered = len(lines)
-            tell(f"beside {answered} layers of 1 GiB, {how}", found)
+            with others("--large", location, scheme, how) as (other, lines):
+                measure(f"beside layers of 1 GiB, {how}", location, scheme, seconds, pid, other)
+                sys.stdout.write(f"  of which {len(lines)} were answered\n")
     with server_process() as server:
-        location = server.location
-        with others("--slow", location, scheme):
-            tell(f"beside {SLOW} slow readers that come", round_trips(location, scheme, seconds))
+        location, pid = server.location, server.process.pid
+        measure("alone", location, scheme, seconds, pid)
+        with others("--slow", location, scheme) as (other, _):
+            measure(f"beside {SLOW} slow readers that come", location, scheme, seconds, pid, other)
             time.sleep(FILL_S)
-            tell(f"beside {SLOW} slow readers", round_trips(location, scheme, seconds))
-        tell("alone again", round_trips(location, scheme, seconds))
+            in_turns(location, scheme, seconds, other)
+        measure("alone again", location, scheme, seconds, pid)
 
 
 if __name__ == "__main__":

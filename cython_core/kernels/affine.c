@@ -25,7 +25,7 @@ void FQ_NAME(affine_reduce)(const fq_job *job, int64_t begin, int64_t end, fq_re
     const int64_t stop = span_end(job, at, end), n = stop - at;
     const float *x = load_span(job, at, n, buffer);
     pi highs, lows;
-    range_lanes(NULL, x, round_up(n, FQ_STEP), 0, &highs, &lows);
+    range_lanes(x, round_up(n, FQ_STEP), 0, &highs, &lows);
     const int32_t high = pi_highest(highs), low = pi_highest(lows);
     if (high >= FQ_INFINITY_BITS || low >= FQ_INFINITY_BITS)
       note_bad(x, at, n, result);
@@ -56,7 +56,7 @@ FQ_INLINE void joined_parameters(const fq_job *job, const float *x, int64_t begi
   const int64_t units = n / job->unit, first = begin / job->unit;
   u->careful = 0;
   for (int64_t i = 0; i < units; i += FQ_LANES) {
-    if (range_units(NULL, x + i * job->unit, job->unit, units - i, 0, u->high + i, u->low + i) >= FQ_INFINITY_BITS)
+    if (range_units(x + i * job->unit, job->unit, units - i, 0, u->high + i, u->low + i) >= FQ_INFINITY_BITS)
       note_bad(x, begin, n, result);
     for (int64_t k = i; k < i + FQ_LANES; k++) {
       int32_t least = 0, most = 0;
@@ -96,7 +96,7 @@ FQ_INLINE void quantize_span(fetcher *next, const float *x, int64_t n, const spa
   const vf levels = vf_set((float)((1 << bits) - 1));
   for (int64_t at = 0; at < n; at += FQ_STEP) {
     vi code[FQ_STEP / FQ_LANES];
-    fetch_vectors(next, measured ? 2 : 4);
+    fetch_step(next, measured);
     for (int v = 0; v < FQ_STEP / FQ_LANES; v++) {
       const int64_t i = at + v * FQ_LANES;
       const uint32_t unit = (uint32_t)(i / FQ_BLOCK) >> u->shift;
@@ -141,7 +141,7 @@ void FQ_NAME(affine_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_
     const float *x = load_span(job, at, n, buffer);
     if (joined)
       joined_parameters(job, x, at, n, &u, result);
-    fetcher next = fetch_from(job, at + (job->unit > n ? job->unit : n));
+    fetcher next = fetch_after(job, at, n);
     quantize(job, &next, x, padded, &u, codes, again);
     for (int64_t i = 0; i < n; i++)
       job->data[at + i] = (uint8_t)codes[i] ^ 0x80;

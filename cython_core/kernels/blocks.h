@@ -21,7 +21,7 @@ FQ_INLINE void range_blocks(const fq_job *job, int64_t begin, int64_t rows, int6
     for (int64_t b = 0; b * FQ_EDGE < width; b++) {
       const int64_t rest = round_up(width - b * FQ_EDGE, FQ_LANES);
       pi found;
-      range_lanes(NULL, x + b * FQ_EDGE, rest < FQ_EDGE ? rest : FQ_EDGE, 1, &found, &none);
+      range_lanes(x + b * FQ_EDGE, rest < FQ_EDGE ? rest : FQ_EDGE, 1, &found, &none);
       highest[b] = pi_max(highest[b], found);
     }
   }

@@ -59,10 +59,10 @@ FQ_INLINE void joined_scales(const fq_job *job, const float *x, int64_t begin, i
                              fq_result *result) {
   const int64_t unit = job->unit, whole = n / unit, rest = n % unit, units = whole + (rest > 0);
   for (int64_t i = 0; i < whole; i += FQ_LANES)
-    range_units(NULL, x + i * unit, unit, whole - i, 1, s->high + i, s->high + i); /* of magnitudes there is no low */
+    range_units(x + i * unit, unit, whole - i, 1, s->high + i, s->high + i); /* of magnitudes there is no low */
   if (rest) {
     pi highs, lows;
-    range_lanes(NULL, x + whole * unit, round_up(rest, FQ_LANES), 1, &highs, &lows);
+    range_lanes(x + whole * unit, round_up(rest, FQ_LANES), 1, &highs, &lows);
     s->high[whole] = pi_highest(highs);
   }
   int32_t highest = 0;
@@ -95,7 +95,7 @@ FQ_INLINE void quantize_span(fetcher *next, const float *x, int64_t n, const spa
                              int divides, int measured, int8_t *nearest, float *y) {
   for (int64_t at = 0; at < n; at += FQ_STEP) {
     vi found[FQ_STEP / FQ_LANES];
-    fetch_vectors(next, measured ? 2 : 4);
+    fetch_step(next, measured);
     for (int v = 0; v < FQ_STEP / FQ_LANES; v++) {
       const int64_t i = at + v * FQ_LANES, block = i / FQ_BLOCK;
       /* No clip to -1 and 1: what lies beyond has the same value there. */
@@ -144,7 +144,7 @@ FQ_INLINE void quantize_blocks(const fq_job *job, const codebook *book, int meas
       joined_scales(job, x, at, n, &s, result);
     else if (at % job->unit == 0)
       long_scale(job, at, &s, result);
-    fetcher next = fetch_from(job, at + (job->unit > n ? job->unit : n));
+    fetcher next = fetch_after(job, at, n);
     if (s.short_from < n)
       quantize_short(&next, x, padded, &s, book, nearest, again);
     else

@@ -389,8 +389,9 @@ FQ_INLINE void compare_span(const fq_job *job, int64_t begin, int64_t n, int64_t
   const int64_t padded = round_up(n, FQ_LANES);
   const float *x = load_span(job, begin, n, buffer);
   fetcher fetch = fetch_from(job, next);
+  fetch_vectors(&fetch, (uintptr_t)(padded / FQ_LANES / 4 * 3));
   pi highs, lows;
-  range_lanes(&fetch, x, padded, 1, &highs, &lows);
+  range_lanes(x, padded, 1, &highs, &lows);
   if (pi_highest(highs) >= FQ_INFINITY_BITS)
     note_bad(x, begin, n, result);
   for (int64_t i = n; i < padded; i++)
@@ -411,9 +412,9 @@ FQ_INLINE void restore_span(const fq_job *job, int64_t begin, int64_t n, int64_t
 
 /* A strip of rows with a scale for each block of weights, in the order of quantize_strip. */
 static void restore_strip(const fq_job *job, int64_t begin, int64_t end, fq_result *result) {
-  const int64_t cols = job->cols;
-  for (int64_t col = 0; col < cols; col += FQ_PIECE) {
-    const int64_t width = cols - col < FQ_PIECE ? cols - col : FQ_PIECE;
+  const int64_t cols = job->cols, piece = job->weights ? FQ_PIECE : FQ_SPAN; /* of any length if there are no sums */
+  for (int64_t col = 0; col < cols; col += piece) {
+    const int64_t width = cols - col < piece ? cols - col : piece;
     for (int64_t at = begin + col; at < end; at += cols)
       restore_span(job, at, width, at + cols, result);
   }

@@ -49,7 +49,7 @@ FQ_INLINE float magnitude(int32_t bits) {
 /* The magnitude of n weights, followed by zeros up to a whole vector. */
 FQ_INLINE float block_magnitude(const float *x, int64_t n) {
   pi highs, lows;
-  range_lanes(NULL, x, round_up(n, FQ_LANES), 1, &highs, &lows);
+  range_lanes(x, round_up(n, FQ_LANES), 1, &highs, &lows);
   return magnitude(pi_highest(highs));
 }
 
@@ -67,7 +67,7 @@ FQ_INLINE void quantize_blocks(const fq_job *job, int measured, int64_t begin, i
         result->first_bad = found.first_bad;
       amax = magnitude(found.range.high);
     }
-    fetcher next = fetch_from(job, at + (job->unit > n ? job->unit : n));
+    fetcher next = fetch_after(job, at, n);
     for (int64_t i = 0; i < n; i += unit) {
       const int64_t some = n - i < unit ? n - i : unit;
       if (joined) {
@@ -76,7 +76,7 @@ FQ_INLINE void quantize_blocks(const fq_job *job, int measured, int64_t begin, i
           note_bad(x, at, n, result);
       }
       job->scales[(at + i) / job->unit] = amax;
-      fetch_vectors(&next, (uintptr_t)(some / FQ_LANES * 3 / 4));
+      fetch_vectors(&next, (uintptr_t)(some / FQ_LANES * (measured ? 3 : 4) / 4));
       quantize_block(x + i, some, amax, measured, job->data + at + i, again + i);
     }
     if (measured) {

@@ -51,7 +51,7 @@ FQ_INLINE void quantize_row(const fq_job *job, fetcher *next, const float *x, in
   const vi half = vi_set(-(1 << (job->bits - 1)));
   for (int64_t at = 0; at < n; at += FQ_STEP) {
     vi code[FQ_STEP / FQ_LANES];
-    fetch_vectors(next, measured ? 2 : 4);
+    fetch_step(next, measured);
     for (int v = 0; v < FQ_STEP / FQ_LANES; v++) {
       const int64_t i = at + v * FQ_LANES;
       vf q = vf_mul(vf_sub(vf_load(x + i), bias), inverse);
@@ -81,7 +81,7 @@ void FQ_NAME(fbgemm_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_
       memcpy(buffer, x, (size_t)n * sizeof(float));
       x = buffer;
     }
-    fetcher next = fetch_from(job, stop);
+    fetcher next = fetch_after(job, at, n);
     for (int64_t i = 0; i < n;) {
       const int64_t row = (at + i) / job->cols, col = (at + i) % job->cols;
       const int64_t rest = job->cols - col < n - i ? job->cols - col : n - i;

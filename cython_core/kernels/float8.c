@@ -8,7 +8,7 @@ FQ_INLINE void quantize_span(const fq_job *job, fetcher *next, const float *x, i
   const vf highest = vf_set(highest_level(job));
   for (int64_t at = 0; at < n; at += FQ_STEP) {
     vi code[FQ_STEP / FQ_LANES];
-    fetch_vectors(next, FQ_STEP / FQ_LANES);
+    fetch_step(next, measured);
     for (int v = 0; v < FQ_STEP / FQ_LANES; v++) {
       const int64_t i = at + v * FQ_LANES;
       const uint32_t unit = (uint32_t)(i / FQ_BLOCK) >> u->shift;

@@ -165,13 +165,13 @@ FQ_INLINE void quantize_blocks(const fq_job *job, const block_format *f, int mea
     const int64_t stop = span_end(job, at, end), n = stop - at, blocks = n / FQ_BLOCK;
     const float *x = load_span(job, at, n, buffer);
     int32_t highest = 0;
-    fetcher next = fetch_from(job, stop);
+    fetcher next = fetch_after(job, at, n);
     for (int64_t b = 0; b < blocks; b += FQ_LANES) {
       int32_t top;
       if (q8)
-        top = range_units(&next, x + b * FQ_BLOCK, FQ_BLOCK, blocks - b, 1, s.high + b, s.low + b);
+        top = range_units(x + b * FQ_BLOCK, FQ_BLOCK, blocks - b, 1, s.high + b, s.low + b);
       else
-        top = range_units(&next, x + b * FQ_BLOCK, FQ_BLOCK, blocks - b, 0, s.high + b, s.low + b);
+        top = range_units(x + b * FQ_BLOCK, FQ_BLOCK, blocks - b, 0, s.high + b, s.low + b);
       highest = top > highest ? top : highest;
       if (q8)
         memcpy(s.scale + b, s.high + b, FQ_LANES * sizeof(float));
@@ -185,7 +185,7 @@ FQ_INLINE void quantize_blocks(const fq_job *job, const block_format *f, int mea
     block_scales(&s, blocks, f);
     for (int64_t i = 0; i < round_up(n, FQ_STEP); i += FQ_STEP) {
       vi code[FQ_STEP / FQ_LANES];
-      fetch_vectors(&next, 2);
+      fetch_step(&next, measured);
       for (int v = 0; v < FQ_STEP / FQ_LANES; v++) {
         const int64_t j = i + v * FQ_LANES, b = j / FQ_BLOCK;
         code[v] = codes_of(vf_load(x + j), f, &s, b);

@@ -22,7 +22,7 @@ FQ_INLINE void span_groups(const fq_job *job, const float *x, int64_t begin, int
   const int64_t groups = n / job->unit;
   const float levels = (float)((1 << job->bits) - 1);
   for (int64_t i = 0; i < groups; i += FQ_LANES) {
-    if (range_units(NULL, x + i * job->unit, job->unit, groups - i, 0, g->high + i, g->low + i) >= FQ_INFINITY_BITS)
+    if (range_units(x + i * job->unit, job->unit, groups - i, 0, g->high + i, g->low + i) >= FQ_INFINITY_BITS)
       note_bad(x, begin, n, result);
     for (int64_t k = i; k < i + FQ_LANES && k < groups; k++) {
       const float *group = x + k * job->unit;
@@ -74,7 +74,7 @@ FQ_INLINE void quantize_span(const fq_job *job, fetcher *next, const float *x, i
   const int shift = blocks_each == 4 ? 2 : blocks_each == 2 ? 1 : 0;
   for (int64_t at = 0; at < n; at += FQ_STEP) {
     vi code[FQ_STEP / FQ_LANES];
-    fetch_vectors(next, measured ? 2 : 4);
+    fetch_step(next, measured);
     for (int v = 0; v < FQ_STEP / FQ_LANES; v++) {
       const int64_t i = at + v * FQ_LANES, group = (i / FQ_BLOCK) >> shift;
       const vf zero = vf_set(g->zero[group]), q = vf_add(vf_mul(vf_load(x + i), vf_set(g->factor[group])), zero);
@@ -102,7 +102,7 @@ void FQ_NAME(hqq_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_res
       move_zeros(job, x, at, n, &g);
     memcpy(job->scales + at / job->unit, g.scale, (size_t)(n / job->unit) * sizeof(float));
     memcpy(job->zeros + at / job->unit, g.zero, (size_t)(n / job->unit) * sizeof(float));
-    fetcher next = fetch_from(job, stop);
+    fetcher next = fetch_after(job, at, n);
     if (job->measure)
       quantize_span(job, &next, x, padded, &g, 1, codes, again);
     else

@@ -26,13 +26,9 @@ FQ_INLINE void quantize_span(fetcher *next, const float *x, int64_t n, const spa
   const int32_t half_range = 1 << (bits - 1);
   const vi low = vi_set(-half_range), high = vi_set(half_range - 1);
   const float *end = x + n;
-  /* What to fetch in a step, of 4: the ranges of blocks have fetched half of it, those of longer units that spans join
-   * a quarter, and measuring fetches a quarter. Of units that spans do not join, whose ranges are known, half does
-   * best: what lies there is a line of memory after another, which the processor fetches too. */
-  const uintptr_t more = (uintptr_t)measured, rest = u->shift == 0 ? 2 : u->shift < 31 ? 3 - more : 2 + more;
   for (uint32_t block = 0; x < end; x += FQ_STEP, y += FQ_STEP, codes += FQ_STEP) {
     vi code[VECTORS];
-    fetch_vectors(next, rest);
+    fetch_step(next, measured);
     for (int half = 0; half < 2; half++, block++) {
       const uint32_t unit = block >> u->shift;
       const vf scale = vf_set(u->scale[unit]), inverse = vf_set(u->inverse[unit]), zero = vf_set(u->zero[unit]);
@@ -165,9 +161,9 @@ void FQ_NAME(integer_reduce)(const fq_job *job, int64_t begin, int64_t end, fq_r
     const float *x = load_span(job, at, n, buffer);
     pi highs, lows;
     if (job->symmetric)
-      range_lanes(NULL, x, padded, 1, &highs, &lows);
+      range_lanes(x, padded, 1, &highs, &lows);
     else
-      range_lanes(NULL, x, padded, 0, &highs, &lows);
+      range_lanes(x, padded, 0, &highs, &lows);
     const int32_t high = pi_highest(highs), low = pi_highest(lows);
     if (high >= FQ_INFINITY_BITS || low >= FQ_INFINITY_BITS)
       note_bad(x, at, n, result);

@@ -89,16 +89,16 @@ void FQ_NAME(iq4_nl_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_
   for (int64_t at = begin; at < end;) {
     const int64_t stop = span_end(job, at, end), n = stop - at, blocks = n / FQ_BLOCK;
     const float *x = load_span(job, at, n, buffer);
-    fetcher next = fetch_from(job, stop);
+    fetcher next = fetch_after(job, at, n);
     pi high, low;
-    range_lanes(NULL, x, n, 1, &high, &low);
+    range_lanes(x, n, 1, &high, &low);
     if (pi_highest(high) >= FQ_INFINITY_BITS)
       note_bad(x, at, n, result);
     memset(&s, 0, sizeof s);
     search_span(job, x, at, blocks, &s);
     for (int64_t i = 0; i < round_up(n, FQ_STEP); i += FQ_STEP) {
       vi code[FQ_STEP / FQ_LANES];
-      fetch_vectors(&next, measured ? 2 : 4);
+      fetch_step(&next, measured);
       for (int v = 0; v < FQ_STEP / FQ_LANES; v++) {
         const int64_t j = i + v * FQ_LANES, b = j / FQ_BLOCK;
         const vf scaled = vf_mul(vf_load(x + j), vf_set(s.inverse[b])), zero = vf_set(0);

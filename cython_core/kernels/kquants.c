@@ -336,9 +336,9 @@ FQ_INLINE void quantize_blocks(const fq_job *job, const k_format *f, int weighte
     const int64_t stop = span_end(job, at, end), n = stop - at, blocks = n / WIDE;
     const float *x = load_span(job, at, n, buffer);
     uint8_t *to = job->data + at / WIDE * f->bytes;
-    fetcher next = fetch_from(job, stop);
+    fetcher next = fetch_after(job, at, n);
     pi high, low;
-    range_lanes(NULL, x, n, 1, &high, &low);
+    range_lanes(x, n, 1, &high, &low);
     if (pi_highest(high) >= FQ_INFINITY_BITS)
       note_bad(x, at, n, result);
     search_span(job, f, weighted, x, at, n, &s);
@@ -350,7 +350,7 @@ FQ_INLINE void quantize_blocks(const fq_job *job, const k_format *f, int weighte
       store_scales_q6(blocks, &s, to);
     for (int64_t i = 0; i < n; i += FQ_STEP) {
       vi code[FQ_STEP / FQ_LANES];
-      fetch_vectors(&next, measured ? 2 : 4);
+      fetch_step(&next, measured);
       for (int v = 0; v < FQ_STEP / FQ_LANES; v++) {
         const int64_t j = i + v * FQ_LANES, sub = j / f->sub;
         code[v] = codes_of(f, weighted, &s, vf_load(x + j), sub, j % f->sub);

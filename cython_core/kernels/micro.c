@@ -78,8 +78,7 @@ FQ_INLINE void quantize_span(const fq_job *job, const micro *f, int careful, int
   const int32_t zero = f->group == 32 ? zero_until(job) : 0;
   for (int64_t at = 0; at < n; at += FQ_STEP) {
     vi code[FQ_STEP / FQ_LANES];
-    /* Half of it has been fetched with the ranges of groups of 32. */
-    fetch_vectors(next, (measured ? 2 : 4) - (f->top ? measured ? 1 : 2 : 0));
+    fetch_step(next, measured);
     for (int v = 0; v < FQ_STEP / FQ_LANES; v++) {
       const int64_t i = at + v * FQ_LANES, group = i / f->group;
       const vf weight = vf_load(x + i), scale = vf_set(s->scale[group]), inverse = vf_set(s->inverse[group]);
@@ -130,13 +129,12 @@ FQ_INLINE void quantize_groups(const fq_job *job, const micro *f, int measured, 
   for (int64_t at = begin; at < end;) {
     const int64_t stop = span_end(job, at, end), n = stop - at, padded = round_up(n, FQ_STEP), groups = n / f->group;
     const float *x = load_span(job, at, n, buffer);
-    fetcher next = fetch_from(job, stop);
+    fetcher next = fetch_after(job, at, n);
     int32_t highest = 0;
     s.careful = 0;
     for (int64_t g = 0; g < groups; g += FQ_LANES) {
       /* of magnitudes there is no low */
-      const int32_t top =
-          range_units(f->top ? &next : NULL, x + g * f->group, f->group, groups - g, 1, s.high + g, s.high + g);
+      const int32_t top = range_units(x + g * f->group, f->group, groups - g, 1, s.high + g, s.high + g);
       highest = top > highest ? top : highest;
       if (f->top)
         powers_16(job, f->top, &s, g);

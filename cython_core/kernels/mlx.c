@@ -42,7 +42,7 @@ FQ_INLINE void span_groups(const fq_job *job, const float *x, int64_t begin, int
                            fq_result *result) {
   const int64_t groups = n / job->unit, first = begin / job->unit;
   for (int64_t i = 0; i < groups; i += FQ_LANES) {
-    if (range_units(NULL, x + i * job->unit, job->unit, groups - i, 0, g->high + i, g->low + i) >= FQ_INFINITY_BITS)
+    if (range_units(x + i * job->unit, job->unit, groups - i, 0, g->high + i, g->low + i) >= FQ_INFINITY_BITS)
       note_bad(x, begin, n, result);
     for (int64_t k = i; k < i + FQ_LANES && k < groups; k++) {
       int32_t least, most;
@@ -65,7 +65,7 @@ FQ_INLINE void quantize_span(const fq_job *job, fetcher *next, const float *x, i
   const int shift = blocks_each == 4 ? 2 : blocks_each == 2 ? 1 : 0;
   for (int64_t at = 0; at < n; at += FQ_STEP) {
     vi code[FQ_STEP / FQ_LANES];
-    fetch_vectors(next, measured ? 2 : 4);
+    fetch_step(next, measured);
     for (int v = 0; v < FQ_STEP / FQ_LANES; v++) {
       const int64_t i = at + v * FQ_LANES, group = (i / FQ_BLOCK) >> shift;
       const vf scale = vf_set(g->scale[group]), above = vf_sub(vf_load(x + i), vf_set(g->bias[group]));
@@ -92,7 +92,7 @@ void FQ_NAME(mlx_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_res
     const int64_t stop = span_end(job, at, end), n = stop - at, padded = round_up(n, FQ_STEP);
     const float *x = load_span(job, at, n, buffer);
     span_groups(job, x, at, n, &g, result);
-    fetcher next = fetch_from(job, stop);
+    fetcher next = fetch_after(job, at, n);
     if (g.careful)
       quantize_span(job, &next, x, padded, &g, 1, 1, codes, again);
     else if (job->measure)

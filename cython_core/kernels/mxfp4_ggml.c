@@ -31,9 +31,9 @@ FQ_INLINE void quantize_blocks(const fq_job *job, int measured, int64_t begin, i
   for (int64_t at = begin; at < end;) {
     const int64_t stop = span_end(job, at, end), n = stop - at, blocks = n / FQ_BLOCK;
     const float *x = load_span(job, at, n, buffer);
-    fetcher next = fetch_from(job, stop);
+    fetcher next = fetch_after(job, at, n);
     for (int64_t b = 0; b < blocks; b += FQ_LANES)
-      if (range_units(&next, x + b * FQ_BLOCK, FQ_BLOCK, blocks - b, 1, high + b, high + b) >= FQ_INFINITY_BITS)
+      if (range_units(x + b * FQ_BLOCK, FQ_BLOCK, blocks - b, 1, high + b, high + b) >= FQ_INFINITY_BITS)
         note_bad(x, at, n, result);
     uint8_t *to = job->data + at / FQ_BLOCK * BLOCK_BYTES;
     for (int64_t b = 0; b < blocks; b++, to += BLOCK_BYTES) {
@@ -41,7 +41,8 @@ FQ_INLINE void quantize_blocks(const fq_job *job, int measured, int64_t begin, i
       const vf step = vf_set(half_power(e)), one = vf_set(1), none = vf_set(0);
       int8_t codes[FQ_STEP];
       vi code[FQ_STEP / FQ_LANES];
-      fetch_vectors(&next, 1);
+      if (b % 2 == 0)
+        fetch_step(&next, measured);
       memset(code, 0, sizeof code);
       for (int v = 0; v < FQ_BLOCK / FQ_LANES; v++) {
         const int64_t i = b * FQ_BLOCK + v * FQ_LANES;

@@ -42,12 +42,12 @@ FQ_INLINE void make_parameters(const fq_job *job, const float *x, int64_t groups
 }
 
 /* Parameters of the groups of a span. */
-FQ_INLINE void span_groups(const fq_job *job, fetcher *next, const float *x, int64_t begin, int64_t n,
-                           group_parameters *g, fq_result *result) {
+FQ_INLINE void span_groups(const fq_job *job, const float *x, int64_t begin, int64_t n, group_parameters *g,
+                           fq_result *result) {
   const int64_t groups = n / job->group, first = begin / job->group;
   for (int64_t i = 0; i < groups; i += FQ_LANES) {
     const float *from = x + i * job->group;
-    if (range_units(next, from, job->group, groups - i, 0, g->high + i, g->low + i) >= FQ_INFINITY_BITS)
+    if (range_units(from, job->group, groups - i, 0, g->high + i, g->low + i) >= FQ_INFINITY_BITS)
       note_bad(x, begin, n, result);
     make_parameters(job, x, groups, g, i);
   }
@@ -66,7 +66,7 @@ FQ_INLINE void quantize_span(const fq_job *job, fetcher *next, const float *x, i
     shift++;
   for (int64_t at = 0; at < n; at += FQ_STEP) {
     vi code[FQ_STEP / FQ_LANES];
-    fetch_vectors(next, 2);
+    fetch_step(next, measured);
     for (int v = 0; v < FQ_STEP / FQ_LANES; v++) {
       const int64_t i = at + v * FQ_LANES, group = (i / FQ_LANES) >> shift;
       const vf zero = vf_set(g->zero[group]);
@@ -92,8 +92,8 @@ void FQ_NAME(onnx_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_re
   for (int64_t at = begin; at < end;) {
     const int64_t stop = span_end(job, at, end), n = stop - at, padded = round_up(n, FQ_STEP);
     const float *x = load_span(job, at, n, buffer);
-    fetcher next = fetch_from(job, stop);
-    span_groups(job, &next, x, at, n, &g, result);
+    fetcher next = fetch_after(job, at, n);
+    span_groups(job, x, at, n, &g, result);
     if (job->measure)
       quantize_span(job, &next, x, padded, &g, 1, codes, again);
     else

@@ -91,17 +91,17 @@ FQ_INLINE vf round_quotient(vf a, int arithmetic) {
 }
 
 /* Ranges, then parameters, of the units that a span joins. */
-FQ_INLINE void span_parameters(const fq_job *job, fetcher *next, const float *x, int64_t begin, int64_t n,
-                               span_units *u, fq_result *result) {
+FQ_INLINE void span_parameters(const fq_job *job, const float *x, int64_t begin, int64_t n, span_units *u,
+                               fq_result *result) {
   const int64_t units = n / job->unit, first = begin / job->unit;
   u->careful = 0;
   for (int64_t i = 0; i < units; i += FQ_LANES) {
     const float *from = x + i * job->unit;
     int32_t highest;
     if (job->symmetric)
-      highest = range_units(next, from, job->unit, units - i, 1, u->high + i, u->low + i);
+      highest = range_units(from, job->unit, units - i, 1, u->high + i, u->low + i);
     else
-      highest = range_units(next, from, job->unit, units - i, 0, u->high + i, u->low + i);
+      highest = range_units(from, job->unit, units - i, 0, u->high + i, u->low + i);
     if (highest >= FQ_INFINITY_BITS)
       note_bad(x, begin, n, result);
     if (job->shrinks) {
@@ -170,9 +170,9 @@ FQ_INLINE void quantize_tile(const fq_job *job, int64_t begin, int64_t end, fq_r
       unit_parameters(job, at, known_until, &u, result);
     }
     const float *x = load_span(job, at, n, buffer);
-    fetcher next = fetch_from(job, at + (job->unit > n ? job->unit : n));
+    fetcher next = fetch_after(job, at, n);
     if (joined)
-      span_parameters(job, &next, x, at, n, &u, result);
+      span_parameters(job, x, at, n, &u, result);
     /* 8-bit codes are the packed bytes, if no step reaches past them. */
     int8_t *codes = job->bits == 8 && padded == n ? (int8_t *)job->data + at : bytes;
     quantizer(job, &next, x, padded, &u, codes, again);

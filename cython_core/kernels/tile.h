@@ -12,24 +12,44 @@ enum { FQ_STEP = 64, FQ_BLOCK = 32, FQ_BLOCKS = FQ_SPAN / FQ_BLOCK };
 
 static const int fq_dtype_bytes[] = {4, 2, 2, 8};
 
-/* While a span is computed on, what is read next is fetched, so that memory does not rest: a quarter while the ranges
- * are found, half while codes are made, a quarter while they are measured. An address past the end is harmless: a
- * prefetch never faults. */
+/* While codes are made and measured, what is read later is fetched, so that memory does not rest. Not while ranges are
+ * found: that is over so soon that it would wait. An address past the end is harmless: a prefetch never faults. */
 typedef struct {
   uintptr_t at, vector_bytes;
 } fetcher;
+
+/* How far beyond the next span float32 weights are fetched, so that its first ones are there in time; and what the
+ * second-level cache holds of a unit that is read twice. In weights. */
+enum { FQ_AHEAD = 1024, FQ_FAR = 65536 };
 
 FQ_INLINE fetcher fetch_from(const fq_job *job, int64_t index) {
   const uintptr_t width = (uintptr_t)fq_dtype_bytes[job->dtype];
   return (fetcher){(uintptr_t)job->weights + (uintptr_t)index * width, FQ_LANES * width};
 }
 
-/* Fetch so many more vectors of weights: one line for each, whatever their width, so that nothing branches. */
-FQ_INLINE void fetch_vectors(fetcher *next, uintptr_t count) {
-  for (uintptr_t v = 0; v < count; v++)
-    __builtin_prefetch((const char *)(next->at + v * next->vector_bytes), 0, 3);
-  next->at += count * next->vector_bytes;
+/* While the n weights from an index on are computed on. A unit longer than a span has been read for its range, as a
+ * whole: what follows it is next. */
+FQ_INLINE fetcher fetch_after(const fq_job *job, int64_t at, int64_t n) {
+  const int known = job->unit > n && job->unit <= FQ_FAR && !job->given_scales;
+  return fetch_from(job, at + (known ? job->unit : n) + (job->dtype == FQ_F32 ? FQ_AHEAD : 0));
 }
+
+/* Fetch so many more vectors of weights: a line for each. Float32 goes to the second-level cache, for the first one's
+ * misses are too few at a time for memory's latency. Of other weights there are fewer lines in the same time, and they
+ * are wanted at once, to be converted. */
+FQ_INLINE void fetch_vectors(fetcher *next, uintptr_t count) {
+  const uintptr_t at = next->at, each = next->vector_bytes;
+  next->at += count * each;
+  if (each == FQ_LANES * sizeof(float))
+    for (uintptr_t v = 0; v < count; v++)
+      __builtin_prefetch((const char *)(at + v * each), 0, 2);
+  else
+    for (uintptr_t v = 0; v < count; v++)
+      __builtin_prefetch((const char *)(at + v * each), 0, 3);
+}
+
+/* What a step of making codes fetches: all, or all but what measuring does. */
+FQ_INLINE void fetch_step(fetcher *next, int measured) { fetch_vectors(next, measured ? 3 : 4); }
 
 FQ_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -104,27 +124,21 @@ typedef struct {
   pi high, low;
 } range_part;
 
-FQ_INLINE range_part range_bits(fetcher *next, const float *x, int64_t n, int symmetric) {
+FQ_INLINE range_part range_bits(const float *x, int64_t n, int symmetric) {
   const vi mask = vi_set(symmetric ? INT32_MAX : -1);
   vi high[2], low[2];
   int64_t i = 0;
   if (n == 2 * FQ_LANES) { /* so short that it is worth saving what the loop begins with */
-    if (next)
-      fetch_vectors(next, 1);
     for (int k = 0; k < 2; k++)
       high[k] = low[k] = vi_and(vf_bits(vf_load(x + k * FQ_LANES)), mask);
     i = n;
   } else if (n == FQ_LANES) {
-    if (next)
-      fetch_vectors(next, 1);
     high[0] = high[1] = low[0] = low[1] = vi_and(vf_bits(vf_load(x)), mask);
     i = n;
   } else {
     high[0] = high[1] = low[0] = low[1] = vi_set(0);
   }
   for (; i + 2 * FQ_LANES <= n; i += 2 * FQ_LANES) {
-    if (next && i % (4 * FQ_LANES) == 0)
-      fetch_vectors(next, 1);
     for (int k = 0; k < 2; k++) {
       const vi bits = vi_and(vf_bits(vf_load(x + i + k * FQ_LANES)), mask);
       high[k] = vi_max(high[k], bits);
@@ -154,15 +168,14 @@ FQ_INLINE range_part beyond_zero(range_part r) {
 }
 
 /* The range of n weights (a multiple of 16), a part's lanes each for themselves. */
-FQ_INLINE void range_lanes(fetcher *next, const float *x, int64_t n, int symmetric, pi *high, pi *low) {
-  const range_part r = beyond_zero(range_bits(next, x, n, symmetric));
+FQ_INLINE void range_lanes(const float *x, int64_t n, int symmetric, pi *high, pi *low) {
+  const range_part r = beyond_zero(range_bits(x, n, symmetric));
   *high = r.high;
   *low = r.low;
 }
 
 /* Units of so many weights, one after the other; those past the last one stand for it. */
 typedef struct {
-  fetcher *next;
   const float *x;
   int64_t unit, units;
   int symmetric;
@@ -173,7 +186,7 @@ FQ_INLINE range_part range_1(const range_source *s, int i) {
   if (s->high)
     return (range_part){s->high[i], s->symmetric ? pi_set(0) : s->low[i]};
   const int64_t unit = i < s->units ? i : s->units - 1;
-  return range_bits(s->next, s->x + unit * s->unit, s->unit, s->symmetric);
+  return range_bits(s->x + unit * s->unit, s->unit, s->symmetric);
 }
 
 /* Two parts of which every second so many lanes belong to the same units become one, without going through memory. */
@@ -198,10 +211,9 @@ FQ_MERGE(16, 8)
 #endif
 
 /* The ranges of units of so many weights, one after the other, at most 16 at a time; the highest of them all. */
-FQ_INLINE int32_t range_units(fetcher *next, const float *x, int64_t unit, int64_t units, int symmetric, int32_t *high,
-                              int32_t *low) {
+FQ_INLINE int32_t range_units(const float *x, int64_t unit, int64_t units, int symmetric, int32_t *high, int32_t *low) {
   pi highs[FQ_LANES], lows[FQ_LANES];
-  range_source s = {next, x, unit, units, symmetric, NULL, NULL};
+  range_source s = {x, unit, units, symmetric, NULL, NULL};
   if (unit == FQ_BLOCK) {
     s.unit = FQ_BLOCK; /* for the compiler */
   } else if (unit == FQ_LANES) {

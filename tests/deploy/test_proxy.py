@@ -8,6 +8,7 @@ import socket
 import ssl
 import struct
 import subprocess
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -20,10 +21,11 @@ import pyarrow as pa
 import pytest
 from fq_faults import COMMAND, LAYER, PREFACE, frame
 from fq_flight import eventually
+from fq_floods import flood
 from fq_identity import Authority, Pair
 from fq_process import ServerProcess, server_process
 from fq_rawflight import METHOD, batch_data, schema_data
-from fq_soak import free_port
+from fq_soak import free_port, usage
 
 import flightquant
 from flightquant.client import Credentials, QuantClient, Retry
@@ -166,6 +168,22 @@ def test_streams_of_one_connection_are_limited(proxy: Proxy) -> None:
     with http2(proxy) as sock:
         settings = next(payload for kind, payload in frames(sock) if kind == 4)
     assert dict(struct.iter_unpack(">HI", settings))[3] == 32
+
+
+def test_floods_of_resets_stop_at_it(proxy: Proxy, server: ServerProcess) -> None:
+    context = ssl.create_default_context(cafile=str(proxy.authority.file))
+    context.set_alpn_protocols(["h2"])
+    floods = [threading.Thread(target=flood, args=(proxy.port, 2000, context)) for _ in range(4)]
+    for thread in floods:
+        thread.start()
+    most = 0.0
+    while any(thread.is_alive() for thread in floods):
+        most = max(most, usage(server.process.pid)["threads"])
+        time.sleep(0.01)
+    # Each stream that reaches the server is a thread; thousands of them without the proxy.
+    assert most < 400
+    with QuantClient(server.location, timeout_s=60) as client:
+        assert client.quantize(WEIGHTS, "int4").num_rows == 1
 
 
 def test_a_silent_stream_is_ended_and_our_client_goes_on(proxy: Proxy) -> None:

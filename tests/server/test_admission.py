@@ -291,6 +291,26 @@ def test_a_crowd_before_the_door_asks_for_pythons_lock_less_often(monkeypatch: p
         sys.setswitchinterval(usual)
 
 
+def test_a_flood_asks_for_pythons_lock_least_often_until_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual, now = sys.getswitchinterval(), 100.0
+    monkeypatch.setattr(crowd.time, "monotonic", lambda: now)
+    met = crowd.Crowd()
+    try:
+        for _ in range(crowd.FLOOD - 1):
+            met.refused()
+        assert sys.getswitchinterval() == pytest.approx(crowd.CROWDED_SWITCH_S)
+        met.refused()
+        assert sys.getswitchinterval() == pytest.approx(crowd.FLOODED_SWITCH_S)
+        now += 1.5 * crowd.CALM_S
+        met.refused()
+        assert sys.getswitchinterval() == pytest.approx(crowd.CROWDED_SWITCH_S), "a few are refused still"
+        now += 1.5 * crowd.CALM_S
+        met.found_room()
+        assert sys.getswitchinterval() == pytest.approx(usual)
+    finally:
+        sys.setswitchinterval(usual)
+
+
 def test_an_idle_call_gives_its_place_away_and_is_told() -> None:
     with (
         serving(max_calls=1, max_queued=0, idle_timeout_s=0.2) as (server, client),

@@ -55,7 +55,8 @@ def dequantize(data: Bytes, bits: int, rows: int, cols: int) -> F32:
     lines = data.reshape(rows, -1)
     used = cols * bits // 8
     kept = np.float32 if bits == 8 else np.float16
-    tail = np.ascontiguousarray(lines[:, used:]).view(kept).astype(np.float32)
+    with np.errstate(invalid="ignore"):  # a float16 that is a signalling NaN, on some processors
+        tail = np.ascontiguousarray(lines[:, used:]).view(kept).astype(np.float32)
     packed = lines[:, :used] ^ np.uint8(0x80) if bits == 8 else lines[:, :used]
     codes = integer.unpack(packed, cols, bits).astype(np.float32) + np.float32(1 << (bits - 1))
     with np.errstate(over="ignore", invalid="ignore"):
