@@ -231,6 +231,15 @@ def process_of(pod: dict[str, Any]) -> int:
     raise RuntimeError(f"no process of {container}")
 
 
+def wait_for_event(pod: str, text: str) -> bool:
+    """Whether a pod's killing was said with these words; events come behind what they tell of."""
+    for _ in range(30):
+        if text in kubectl("get", "events", f"--field-selector=involvedObject.name={pod},reason=Killing"):
+            return True
+        time.sleep(1)
+    return False
+
+
 def started_again(cluster: Cluster, title: str, pod: dict[str, Any], harm: AbstractContextManager[None]) -> bool:
     """A server that is harmed and goes on running: the liveness probe starts it again, the clients end whole."""
     before, name = restarts(), pod["metadata"]["name"]
@@ -240,8 +249,7 @@ def started_again(cluster: Cluster, title: str, pod: dict[str, Any], harm: Abstr
             seconds = out + wait(lambda: restarts() > before, "the pod was started again", 300)
         back = wait(all_ready, "all pods are ready again")
         time.sleep(3)
-    events = kubectl("get", "events", f"--field-selector=involvedObject.name={name},reason=Killing")
-    probed = "failed liveness probe, will be restarted" in events
+    probed = wait_for_event(name, "failed liveness probe, will be restarted")
     print(
         f"{title}: not ready after {out:.0f} s, started again {'by its probe' if probed else 'BY NO PROBE'} after "
         f"{seconds:.0f} s, ready {back:.0f} s later; {counts['failed']} of {counts['calls']} streams failed, "

@@ -101,6 +101,13 @@ FQ_INLINE void weigh_rows(const fq_job *job, const k_format *f, fq_rows *r, int6
   }
 }
 
+FQ_INLINE void keep_found(span_search *s, int64_t first, fq_found found) {
+  vf_store(s->scale + first, found.scale);
+  vf_store(s->least + first, found.least);
+  vf_store(s->inverse + first, found.inverse);
+  vf_store(s->origin + first, found.origin);
+}
+
 /* Search the scales of a span's sub-blocks, 16 at a time. */
 FQ_INLINE void search_span(const fq_job *job, const k_format *f, int weighted, const float *x, int64_t at, int64_t n,
                            span_search *s) {
@@ -110,7 +117,6 @@ FQ_INLINE void search_span(const fq_job *job, const k_format *f, int weighted, c
     mean_squares(x, n / WIDE, f->family == FQ_Q2_K ? 1 : 2, means);
   for (int64_t first = 0; first < subs; first += FQ_LANES) {
     fq_rows r;
-    fq_found found;
     const int64_t rows = subs - first < FQ_LANES ? subs - first : FQ_LANES;
     take_rows(&r, x + first * f->sub, rows, f->sub);
     weigh_rows(job, f, &r, at + first * f->sub, rows, means + first * f->sub / WIDE);
@@ -120,18 +126,29 @@ FQ_INLINE void search_span(const fq_job *job, const k_format *f, int weighted, c
         sum = vf_add(sum, vf_load(r.w[i]));
       vf_store(s->sum_w + first, sum);
     }
-    if (f->levels) {
-      found = search_minimum(&r, f->sub, weighted ? &f->weighted : &f->trials);
-    } else if (f->family == FQ_Q6_K || weighted) {
-      found = search_signed(&r, f->sub, (float)(1 << (f->bits - 1)), 1);
-    } else {
-      found = descend_signed(&r, f->sub, 4);
-      memcpy(s->code[first / FQ_LANES], r.code, sizeof s->code[0]);
+    if (f->levels)
+      keep_found(s, first, search_minimum(&r, f->sub, weighted ? &f->weighted : &f->trials));
+    else
+      keep_found(s, first, search_signed(&r, f->sub, (float)(1 << (f->bits - 1)), 1));
+  }
+}
+
+/* The same for q3_k without weights. */
+FQ_INLINE void descend_span(const fq_job *job, const float *x, int64_t n, span_search *s) {
+  const int64_t subs = n / q3_k.sub;
+  for (int64_t first = 0; first < subs; first += FQ_SIDE * FQ_LANES) {
+    fq_rows r[FQ_SIDE];
+    fq_found found[FQ_SIDE];
+    for (int64_t k = 0; k < FQ_SIDE; k++) {
+      const int64_t begin = first + k * FQ_LANES < subs ? first + k * FQ_LANES : subs, rows = subs - begin;
+      take_rows(r + k, x + begin * q3_k.sub, rows < FQ_LANES ? rows : FQ_LANES, q3_k.sub);
+      weigh_rows(job, &q3_k, r + k, 0, 0, NULL);
     }
-    vf_store(s->scale + first, found.scale);
-    vf_store(s->least + first, found.least);
-    vf_store(s->inverse + first, found.inverse);
-    vf_store(s->origin + first, found.origin);
+    descend_signed(r, q3_k.sub, 4, found);
+    for (int64_t k = 0; k < FQ_SIDE; k++) {
+      memcpy(s->code[first / FQ_LANES + k], r[k].code, sizeof s->code[0]);
+      keep_found(s, first + k * FQ_LANES, found[k]);
+    }
   }
 }
 
@@ -341,7 +358,10 @@ FQ_INLINE void quantize_blocks(const fq_job *job, const k_format *f, int weighte
     range_lanes(x, n, 1, &high, &low);
     if (pi_highest(high) >= FQ_INFINITY_BITS)
       note_bad(x, at, n, result);
-    search_span(job, f, weighted, x, at, n, &s);
+    if (f->family == FQ_Q3_K && !weighted)
+      descend_span(job, x, n, &s);
+    else
+      search_span(job, f, weighted, x, at, n, &s);
     if (f->levels)
       store_scales(f, weighted, blocks, &s, to);
     else if (f->family == FQ_Q3_K)
