@@ -66,6 +66,9 @@ class Client:
         for worker in workers:
             worker.start()
         print("started", flush=True)
+        # A signal that one of gRPC's threads takes is seen only when this one next runs: join() would sleep for ever.
+        while not self._stop.wait(1.0):
+            pass
         for worker in workers:
             worker.join()
         print(json.dumps(self.counts), flush=True)
