@@ -22,8 +22,10 @@ from flightquant.spec import Command
 MAX_METADATA_MESSAGES = 1024
 LEAVING_S = 0.02
 ASK_S = 0.05
-"""Least time between two questions to gRPC whether a call was cancelled: it does a turn of transport to find out, with
-Python's lock held, half a millisecond for a batch of 4 MiB."""
+ASK_BETWEEN_S = 1.0
+"""Least time between two questions to gRPC whether a call was cancelled, within a batch and between two: it does a turn
+of transport to find out, with Python's lock held, half a millisecond for a batch of 4 MiB. Between batches the next
+read or write fails anyway, or the stream ends, where it is asked."""
 
 _COMMAND = 'a command descriptor with a JSON object such as {"op": "quantize", "scheme": "int4"}'
 
@@ -178,27 +180,25 @@ class _Step:
         self._admission = admission
         self._timeout_s = timeout_s
         self._deadline = call.started + timeout_s
-        self._ask_at = time.monotonic() + ASK_S
+        self._asked = time.monotonic()
         self._cancelled = False
 
-    def _is_cancelled(self, now: float) -> bool:
-        """Whether the client ended the call, as far as gRPC said when it was last asked."""
-        if now >= self._ask_at and not self._cancelled:
-            self._ask_at = now + ASK_S
+    def _is_cancelled(self, now: float, rest_s: float) -> bool:
+        """Whether the client ended the call, as far as gRPC said when it was last asked, at most ``rest_s`` ago."""
+        if now - self._asked >= rest_s and not self._cancelled:
+            self._asked = now
             self._cancelled = self._context.is_cancelled()
         return self._cancelled
 
     def is_due(self) -> bool:
         """Whether :meth:`check` would raise."""
         now = time.monotonic()
-        return now > self._deadline or self._admission.ending or self._is_cancelled(now)
+        return now > self._deadline or self._admission.ending or self._is_cancelled(now, ASK_S)
 
     def check(self, *, at_end: bool = False) -> None:
         """Raise if the call has to end; ``at_end`` of a stream, which may look whole to the end because it was cut."""
         now = time.monotonic()
-        if at_end:
-            self._ask_at = now
-        if self._is_cancelled(now):
+        if self._is_cancelled(now, 0.0 if at_end else ASK_BETWEEN_S):
             raise CallCancelledError
         if self._admission.ending:
             raise DrainingError(
