@@ -143,14 +143,22 @@ cdef class Restorer:
         free(self._unpack_tiles)
         free(self._unpack_ns)
 
-    def unpack(self, int64_t first, int64_t last, int n_threads):
-        """Turn the tiles from ``first`` up to ``last`` of those whose codes do not lie in rows."""
+    cdef int _each(self, bint unpacking, int64_t first, int64_t last, int64_t count, int n_threads) except -1:
+        """Take one of the two steps of the tiles from ``first`` up to ``last`` of so many."""
         cdef int64_t i
-        if not 0 <= first <= last <= self.unpack_tiles:
-            raise IndexError(f"tiles {first} to {last} of {self.unpack_tiles}")
+        if not 0 <= first <= last <= count:
+            raise IndexError(f"tiles {first} to {last} of {count}")
         with nogil:
             for i in prange(first, last, num_threads=n_threads, schedule="dynamic", chunksize=1):
-                self._unpack_one(i)
+                if unpacking:
+                    self._unpack_one(i)
+                else:
+                    self._run_one(i)
+        return 0
+
+    def unpack(self, int64_t first, int64_t last, int n_threads):
+        """Turn the tiles from ``first`` up to ``last`` of those whose codes do not lie in rows."""
+        self._each(True, first, last, self.unpack_tiles, n_threads)
 
     cdef void _unpack_one(self, int64_t i) noexcept nogil:
         cdef int64_t start = now()
@@ -160,12 +168,7 @@ cdef class Restorer:
 
     def run(self, int64_t first, int64_t last, int n_threads):
         """Restore the tiles from ``first`` up to ``last``."""
-        cdef int64_t i
-        if not 0 <= first <= last <= self.tiles:
-            raise IndexError(f"tiles {first} to {last} of {self.tiles}")
-        with nogil:
-            for i in prange(first, last, num_threads=n_threads, schedule="dynamic", chunksize=1):
-                self._run_one(i)
+        self._each(False, first, last, self.tiles, n_threads)
 
     cdef void _run_one(self, int64_t i) noexcept nogil:
         cdef int64_t start = now()

@@ -7,11 +7,9 @@ server answers a call of ours, until its threads are given back, and the CPU sec
 
 from __future__ import annotations
 
-import os
 import socket
 import ssl
 import struct
-import subprocess
 import sys
 import tempfile
 import threading
@@ -22,14 +20,12 @@ from pathlib import Path
 import numpy as np
 from fq_fairness import cpu_seconds
 from fq_faults import PREFACE, frame, headers_block
-from fq_identity import Authority
 from fq_process import server_process
-from fq_soak import QUIET_THREADS, free_port, usage
+from fq_proxy import proxy_process
+from fq_soak import QUIET_THREADS, usage
 
 from flightquant.client import Credentials, QuantClient
 from flightquant.errors import FlightquantError
-
-CONFIG = Path(__file__).parents[1] / "deploy" / "proxy" / "haproxy.cfg"
 
 
 def flood(port: int, streams: int, context: ssl.SSLContext | None) -> None:
@@ -70,21 +66,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, server_process() as server, ExitStack() as held:
         pids, location, credentials, context = [server.process.pid], server.location, None, None
         if "--proxy" in sys.argv:
-            authority, port, pem = Authority(Path(folder)), free_port(), Path(folder, "proxy.pem")
-            pair = authority.issue_server()
-            pem.write_bytes(pair.certificate.read_bytes() + pair.key.read_bytes())
-            variables = {
-                "FLIGHTQUANT_PROXY_BIND": f"127.0.0.1:{port}",
-                "FLIGHTQUANT_PROXY_PEM": str(pem),
-                "FLIGHTQUANT_PROXY_UPSTREAM": server.location.removeprefix("grpc://"),
-                "FLIGHTQUANT_PROXY_IDLE": "600s",
-            }
-            words = ["haproxy", "-db", "-f", str(CONFIG)]
-            proxy = held.enter_context(subprocess.Popen(words, env={**os.environ, **variables}, stdout=-3, stderr=-3))
-            held.callback(proxy.kill)
-            pids.append(proxy.pid)
-            location, credentials = f"grpc+tls://127.0.0.1:{port}", Credentials(ca=authority.file)
-            context = ssl.create_default_context(cafile=str(authority.file))
+            proxy = held.enter_context(proxy_process(server.location, Path(folder), 600, "-db"))
+            pids.append(proxy.process.pid)
+            location, credentials = proxy.location, Credentials(ca=proxy.authority.file)
+            context = ssl.create_default_context(cafile=str(proxy.authority.file))
             context.set_alpn_protocols(["h2"])
         while not served(location, credentials):
             time.sleep(0.1)

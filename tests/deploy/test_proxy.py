@@ -12,7 +12,6 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -22,50 +21,20 @@ import pytest
 from fq_faults import COMMAND, LAYER, PREFACE, frame
 from fq_flight import eventually
 from fq_floods import flood
-from fq_identity import Authority, Pair
 from fq_process import ServerProcess, server_process
+from fq_proxy import HAPROXY, Proxy, proxy_process, write_pem
 from fq_rawflight import METHOD, batch_data, schema_data
-from fq_soak import free_port, usage
+from fq_soak import usage
 
 import flightquant
 from flightquant.client import Credentials, QuantClient, Retry
 from flightquant.errors import UnavailableError
 from flightquant.layers import as_layer, layers_batch
 
-CONFIG = Path(__file__).parents[2] / "deploy" / "proxy" / "haproxy.cfg"
-HAPROXY = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin")
 WEIGHTS = {"w": np.linspace(-1, 1, 4096, dtype=np.float32).reshape(32, 128)}
 IDLE_S = 2
 
 pytestmark = pytest.mark.skipif(HAPROXY is None, reason="needs haproxy: apt-get install haproxy")
-
-
-@dataclass
-class Proxy:
-    """A running proxy, its process and what clients need."""
-
-    process: subprocess.Popen[bytes]
-    port: int
-    pem: Path
-    authority: Authority
-    folder: Path
-
-    @property
-    def location(self) -> str:
-        return f"grpc+tls://127.0.0.1:{self.port}"
-
-    def channel(self) -> grpc.Channel:
-        roots = grpc.ssl_channel_credentials(self.authority.file.read_bytes())
-        return grpc.secure_channel(f"127.0.0.1:{self.port}", roots)
-
-    def certificate(self) -> str:
-        return ssl.get_server_certificate(("127.0.0.1", self.port))
-
-
-def write_pem(pem: Path, pair: Pair) -> None:
-    new = pem.with_suffix(".new")
-    new.write_bytes(pair.certificate.read_bytes() + pair.key.read_bytes())
-    new.rename(pem)
 
 
 @pytest.fixture(scope="module")
@@ -76,24 +45,8 @@ def server() -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def proxy(server: ServerProcess, tmp_path: Path) -> Iterator[Proxy]:
-    authority, port, pem = Authority(tmp_path), free_port(), tmp_path / "server.pem"
-    write_pem(pem, authority.issue_server())
-    variables = {
-        "FLIGHTQUANT_PROXY_BIND": f"127.0.0.1:{port}",
-        "FLIGHTQUANT_PROXY_PEM": str(pem),
-        "FLIGHTQUANT_PROXY_UPSTREAM": server.location.removeprefix("grpc://"),
-        "FLIGHTQUANT_PROXY_IDLE": f"{IDLE_S}s",
-    }
-    with subprocess.Popen([str(HAPROXY), "-W", "-f", str(CONFIG)], env=variables, stderr=subprocess.PIPE) as process:
-        running = Proxy(process, port, pem, authority, tmp_path)
-        eventually(lambda: listens(port))
+    with proxy_process(server.location, tmp_path, IDLE_S) as running:
         yield running
-        process.kill()
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as sock:
-        return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_the_same_bytes_through_it(proxy: Proxy) -> None:
