@@ -24,8 +24,8 @@ LEAVING_S = 0.02
 ASK_S = 0.05
 ASK_BETWEEN_S = 1.0
 """Least time between two questions to gRPC whether a call was cancelled, within a batch and between two: it does a turn
-of transport to find out, with Python's lock held, half a millisecond for a batch of 4 MiB. Between batches the next
-read or write fails anyway, or the stream ends, where it is asked."""
+of transport to find out, with Python's lock held. Between batches the next read or write fails anyway, or the stream
+ends, where it is asked."""
 
 _COMMAND = 'a command descriptor with a JSON object such as {"op": "quantize", "scheme": "int4"}'
 
