@@ -170,3 +170,13 @@ FQ_INLINE uint32_t pack_high_bits_32(const int8_t *codes) {
   const int below = _mm_movemask_epi8(_mm_slli_epi16(low, 3)), above = _mm_movemask_epi8(_mm_slli_epi16(high, 3));
   return (uint32_t)below | (uint32_t)above << 16;
 }
+
+/* Elements 0 to 3 of so many rows as a part has lanes, that far apart: element i of every row in to[i]. */
+FQ_INLINE void pf_load_columns(const float *x, int64_t apart, pf *to) {
+  for (int i = 0; i < 4; i++)
+    to[i] = _mm_loadu_ps(x + i * apart);
+  _MM_TRANSPOSE4_PS(to[0], to[1], to[2], to[3]);
+}
+
+/* The lanes where a < b, as bits. */
+FQ_INLINE uint32_t pf_bits_less(pf a, pf b) { return (uint32_t)_mm_movemask_ps(_mm_cmplt_ps(a, b)); }
