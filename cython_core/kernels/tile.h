@@ -264,63 +264,80 @@ FQ_INLINE double add_lanes(vf a) {
   return sum;
 }
 
-/* The same sums in float64 lanes, for spans whose squares leave the range of float32, or hold a NaN. */
-static __attribute__((noinline)) int32_t measure_wide(const float *x, const float *y, int64_t n, double sums[3]) {
-  double lanes[3][FQ_LANES] = {{0}};
-  int32_t largest = 0;
+/* Quality sums are made in so many lanes, two vectors: one alone would wait for its own last addition. */
+enum { FQ_SUM_LANES = 2 * FQ_LANES };
+
+/* Lanes added up: the upper half of them to the lower one, until one is left. */
+#define FQ_FOLD(type)                                                                                                  \
+  FQ_INLINE type fold_##type(type *lanes, int count) {                                                                 \
+    for (int half = count / 2; half > 0; half /= 2)                                                                    \
+      for (int k = 0; k < half; k++)                                                                                   \
+        lanes[k] += lanes[k + half];                                                                                   \
+    return lanes[0];                                                                                                   \
+  }
+FQ_FOLD(float)
+FQ_FOLD(double)
+
+/* The sums in float64, for spans whose squares leave the range of float32, or hold a NaN. */
+static __attribute__((noinline)) void sum_wide(const float *x, const float *y, int64_t n, double sums[3]) {
+  double lanes[3][FQ_SUM_LANES] = {{0}};
   for (int64_t i = 0; i < n; i++) {
     float a, b;
     memcpy(&a, x + i, sizeof a);
     memcpy(&b, y + i, sizeof b);
     const float error = b - a;
     const double v = (double)a, e = (double)error;
-    int32_t bits;
-    memcpy(&bits, &error, sizeof bits);
-    bits &= INT32_MAX;
-    largest = bits > largest ? bits : largest;
-    lanes[0][i % FQ_LANES] += v * v;
-    lanes[1][i % FQ_LANES] += e * e;
-    lanes[2][i % FQ_LANES] += v * e;
+    lanes[0][i % FQ_SUM_LANES] += v * v;
+    lanes[1][i % FQ_SUM_LANES] += e * e;
+    lanes[2][i % FQ_SUM_LANES] += v * e;
   }
-  for (int s = 0; s < 3; s++) {
-    sums[s] = lanes[s][0];
-    for (int k = 1; k < FQ_LANES; k++)
-      sums[s] += lanes[s][k];
+  for (int s = 0; s < 3; s++)
+    sums[s] = fold_double(lanes[s], FQ_SUM_LANES);
+}
+
+/* The running sums of every second vector, with one rounding for each product and addition. */
+typedef struct {
+  vf x2, e2, xe;
+} sum_lanes;
+
+FQ_INLINE pi add_vector(const float *x, const float *y, sum_lanes *s, pi largest) {
+  FQ_EACH {
+    const pf v = pf_load(x + k * FQ_PART), e = pf_sub(pf_load(y + k * FQ_PART), v);
+    s->x2.p[k] = pf_fma(v, v, s->x2.p[k]);
+    s->e2.p[k] = pf_fma(e, e, s->e2.p[k]);
+    s->xe.p[k] = pf_fma(v, e, s->xe.p[k]);
+    largest = pi_max(largest, pi_and(pf_bits(e), pi_set(INT32_MAX)));
   }
   return largest;
 }
 
-/* The root of a square. It is the number itself that was squared, if that has not lost digits to underflow. */
-enum { FQ_WHOLE_SQUARE_BITS = 0x00800000 };
-FQ_INLINE int32_t root_bits(int32_t bits) {
-  const vf root = vf_sqrt(vi_float(vi_set(bits)));
-  return vi_highest(vf_bits(root));
+FQ_INLINE double add_sums(vf even, vf odd) {
+  float lanes[FQ_LANES];
+  vf_store(lanes, vf_add(even, odd));
+  return (double)fold_float(lanes, FQ_LANES);
 }
 
 /* Add the quality sums of one span: n weights x (a multiple of 16, zeros at the end) and their dequantized y. */
 FQ_INLINE void measure(const float *x, const float *y, int64_t n, fetcher *next, fq_result *result) {
-  vf x2 = vf_set(0), e2 = x2, xe = x2;
-  vi largest = vi_set(0); /* of the squares: the root of a rounded square is the number itself */
-  for (int64_t i = 0; i < n; i += FQ_LANES) {
+  sum_lanes even = {vf_set(0), vf_set(0), vf_set(0)}, odd = even;
+  pi largest = pi_set(0);
+  int64_t i = 0;
+  for (; i + 2 * FQ_LANES <= n; i += 2 * FQ_LANES) {
     if (i % (4 * FQ_LANES) == 0)
       fetch_vectors(next, 1);
-    const vf v = vf_load(x + i), e = vf_sub(vf_load(y + i), v), square = vf_mul(e, e);
-    x2 = vf_add(x2, vf_mul(v, v));
-    e2 = vf_add(e2, square);
-    xe = vf_add(xe, vf_mul(v, e));
-    largest = vi_max(largest, vf_bits(square));
+    largest = add_vector(x + i, y + i, &even, largest);
+    largest = add_vector(x + i + FQ_LANES, y + i + FQ_LANES, &odd, largest);
   }
-  double sums[3] = {add_lanes(x2), add_lanes(e2), add_lanes(xe)}, unused[3];
-  int32_t bits = vi_highest(largest), known;
+  if (i < n)
+    largest = add_vector(x + i, y + i, &even, largest);
+  double sums[3] = {add_sums(even.x2, odd.x2), add_sums(even.e2, odd.e2), add_sums(even.xe, odd.xe)};
   if (!(sums[0] > 0x1p-80 && sums[0] < 0x1p100 && sums[1] < 0x1p100))
-    bits = measure_wide(x, y, n, sums);
-  else if (bits < FQ_WHOLE_SQUARE_BITS)
-    bits = measure_wide(x, y, n, unused);
-  else
-    bits = root_bits(bits);
+    sum_wide(x, y, n, sums);
   result->sum_x2 += sums[0];
   result->sum_e2 += sums[1];
   result->sum_xe += sums[2];
+  const int32_t bits = pi_highest(largest);
+  int32_t known;
   memcpy(&known, &result->max_error, sizeof known);
   if (bits > known)
     memcpy(&result->max_error, &bits, sizeof bits);
