@@ -28,6 +28,8 @@ typedef __m128i pi;
 #define pi_or _mm_or_si128
 #define pi_max _mm_max_epi32
 #define pi_max_unsigned _mm_max_epu32
+#define pi_max_halves _mm_max_epi16
+#define pi_max_unsigned_halves _mm_max_epu16
 #define pi_min _mm_min_epi32
 #define pi_upper_half(a) _mm_srli_epi32(a, 16)
 #define pi_shift_right(a, n) _mm_srai_epi32(a, n) /* copies of the sign come in from the left */
