@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from flightquant.benchmarks import exchange as exchange_bench
 from flightquant.benchmarks import kernels as measured
 from flightquant.benchmarks import peers as other_libraries
-from flightquant.benchmarks import report
+from flightquant.benchmarks import report, restoring, tables
 from flightquant.benchmarks.harness import OtherLoad, header, machine, write_json
 from flightquant.schemes import SCHEMES
 
@@ -39,6 +39,7 @@ class Op(StrEnum):
     """What is measured."""
 
     schemes = "schemes"
+    dequantize = "dequantize"
     sizes = "sizes"
     reductions = "reductions"
     layers = "layers"
@@ -49,7 +50,8 @@ def kernels(
     op: Annotated[
         list[Op] | None,
         typer.Option(
-            help="Only this: every scheme, size classes, what scales are taken over, or whole calls; may be repeated."
+            help="Only this: every scheme, every scheme's way back, size classes, what scales are taken over, or whole "
+            "calls; may be repeated."
         ),
     ] = None,
     size: Annotated[
@@ -65,10 +67,17 @@ def kernels(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 7,
     fast: Annotated[bool, typer.Option("--fast", help="Three rounds, and nothing over 16 Mi weights.")] = False,
-    peers: Annotated[bool, typer.Option("--peers", help="Other installed libraries on the same weights too.")] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Other installed libraries on the same weights; with --op, beside that.")
+    ] = False,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all figures.")] = None,
     table: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the table of schemes into a Markdown file that has one.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the tables of schemes, of their way back and of other libraries, as far as they are measured, "
+            "into a Markdown file that has such.",
+        ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Plot each scheme under its roofs.")] = None,
 ) -> None:
@@ -81,25 +90,33 @@ def kernels(
     for name in scheme or []:
         if name not in SCHEMES:
             raise typer.BadParameter(f"unknown scheme {name}; expected one of {', '.join(SCHEMES)}")
+    shapes = [_shape(text) for text in size or ["4096x4096"]]
+    wanted = set(op or (() if peers else Op))
+    if plot is not None:
+        wanted.add(Op.schemes)
     if table is not None:
         try:
-            report.around_table(table)
+            for name in [*wanted & tables.TABLES.keys(), *(["peers"] if peers else [])]:
+                tables.around(table, name)
         except (OSError, ValueError) as error:
             raise typer.BadParameter(str(error)) from None
-    shapes = [_shape(text) for text in size or ["4096x4096"]]
-    wanted = set(op or Op)
     rounds = min(rounds, 3) if fast else rounds
     chosen, counts = measured.cases(tuple(scheme or ())), threads or [1, 2]
     console, load = report.console(), OtherLoad()
     facts = machine(other_libraries.LIBRARIES if peers else ())
     console.print(header(facts), soft_wrap=True)
-    found: dict[str, object] = {"machine": facts}
+    found: dict[str, Any] = {"machine": facts}
     rows: measured.Figures = []
-    if Op.schemes in wanted or plot is not None or table is not None:
+    if Op.schemes in wanted:
         for shape in shapes:
             rows += measured.schemes(chosen, shape, dtype or ["float32"], counts, rounds)
         report.print_schemes(console, rows)
         found["schemes"] = rows
+    if Op.dequantize in wanted:
+        found["dequantize"] = restored = [
+            row for shape in shapes for row in restoring.dequantize(chosen, shape, counts, rounds)
+        ]
+        report.print_dequantized(console, restored)
     if Op.sizes in wanted:
         found["sizes"] = sized = measured.sizes(counts, rounds, 1 << 24 if fast else 1 << 27)
         report.print_sizes(console, "sizes", sized)
@@ -125,8 +142,7 @@ def kernels(
     found["load"] = shares
     console.print(f"\nCPU time stolen by the host: {shares['stolen']:.1%}; used by this process: {shares['own']:.0%}")
     if table is not None:
-        ran = f"flightquant bench kernels --op schemes --rounds {rounds}"
-        report.write_table(table, rows, ran, f"{header(facts)}; {shares['stolen']:.0%} of the CPU time stolen")
+        tables.write(table, found, rounds, f"{header(facts)}; {shares['stolen']:.0%} of the CPU time stolen")
     write_json(json, found)
 
 

@@ -44,47 +44,6 @@ def print_schemes(console: Console, rows: Figures) -> None:
         console.print(table)
 
 
-TABLE_MARKS = ("<!-- table of schemes: begin -->", "<!-- table of schemes: end -->")
-"""Between which a Markdown file has what ``write_table`` writes."""
-
-
-def around_table(path: Path) -> tuple[str, str]:
-    """What a Markdown file has before its table of schemes and after it, the marks included.
-
-    Raises
-    ------
-    ValueError
-        The file has no place for a table: both marks, each in a line of its own.
-    """
-    text = path.read_text()
-    begin, end = (text.find(f"{mark}\n") for mark in TABLE_MARKS)
-    if not 0 <= begin < end:
-        raise ValueError(f"{path} has no lines {TABLE_MARKS[0]} and {TABLE_MARKS[1]}, between which the table goes")
-    return text[: begin + len(TABLE_MARKS[0]) + 1], text[end:]
-
-
-def write_table(path: Path, rows: Figures, command: str, facts: str) -> None:
-    """Replace the table of schemes of a Markdown file: GB/s of each case by dtype, shape and number of threads."""
-    before, after = around_table(path)
-    groups: dict[tuple[Any, ...], dict[tuple[str, str], dict[str, Any]]] = {}
-    for row in rows:
-        key = ("x".join(map(str, row["shape"])), row["dtype"], row["threads"])
-        groups.setdefault(key, {})[row["case"], row["metrics"]] = row
-    heads = [f"{dtype} {shape}, {threads} thread{'s' * (threads > 1)}" for shape, dtype, threads in groups]
-    reading = [next(iter(found.values()))["read"]["gb_s"] for found in groups.values()]
-    lines = [
-        f"`{command}`, GB/s of input, medians. {facts}",
-        "",
-        "| | " + " | ".join(f"{head}, quality off | on" for head in heads) + " |",
-        "|---" * (1 + 2 * len(heads)) + "|",
-        "| reading alone | " + " | ".join(f"{rate:.2f} | " for rate in reading) + "|",
-    ]
-    for case in dict.fromkeys(row["case"] for row in rows):
-        cells = [f"{found[case, metrics]['gb_s']:.2f}" for found in groups.values() for metrics in ("off", "on")]
-        lines.append(f"| {case} | " + " | ".join(cells) + " |")
-    path.write_text("\n".join([before, *lines, "", after]))
-
-
 def print_sizes(console: Console, title: str, rows: Figures) -> None:
     """Cases by size class."""
     table = _table(
@@ -101,6 +60,21 @@ def print_sizes(console: Console, title: str, rows: Figures) -> None:
         shares = (f"{row['share']:.0%}", f"{row['ns_per_weight']:.3f}", f"{row['call_share']:.0%}")
         table.add_row(row["size"], row["case"], str(row["threads"]), _rate(row), *shares)
     console.print(table)
+
+
+def print_dequantized(console: Console, rows: Figures) -> None:
+    """One table for each shape, operation and number of threads."""
+    groups: dict[tuple[Any, ...], Figures] = {}
+    for row in rows:
+        groups.setdefault((*row["shape"], row["operation"], row["threads"]), []).append(row)
+    for (height, width, operation, threads), members in groups.items():
+        what, roof = ("verified", "reading") if operation == "verify" else (f"dequantized to {operation}", "writing")
+        title = f"\n{what}, {height} x {width}, {threads} thread(s); {roof} {_rate(members[0]['roof'])} GB/s"
+        table = _table(title, "scheme", "kernel GB/s", f"of {roof}", "ns/weight", "call GB/s", f"of {roof}")
+        for row in members:
+            figures = (_rate(row), f"{row['share']:.0%}", f"{row['ns_per_weight']:.3f}")
+            table.add_row(row["case"], *figures, f"{row['call']['gb_s']:.2f}", f"{row['call_share']:.0%}")
+        console.print(table)
 
 
 def print_layers(console: Console, rows: Figures) -> None:

@@ -58,16 +58,13 @@ def quantize(
         Names to NumPy arrays or torch tensors (float32, float16, bfloat16, float64; any shape), or Arrow data with the
         contract's request columns.
     scheme : str
-        ``"int8"``, ``"int4"``, ``"q8_0"``, ``"q4_0"``,
-        ``"q4_1"``, ``"q5_0"``, ``"q5_1"``, ``"q2_k"`` to ``"q6_k"``, ``"iq4_nl"``, ``"nf4"``, ``"fp4"``,
-        ``"mxfp8"``, ``"mxfp4"``, ``"nvfp4"``; or give ``bit_width`` 4 or 8.
+        A name of ``flightquant schemes``, which tells what each takes; or give ``bit_width`` 2, 4 or 8.
     packing : str, optional
-        Layout of the codes, where the scheme has several: ``"gptq"``, ``"gptq-v2"``, ``"awq"``. Default its first.
+        Layout of the codes, where the scheme has several: ``"gptq"``, ``"awq"``, ``"onnx"``. Default its first.
     granularity : {"tensor", "channel", "group", "block"}, optional
         What one scale covers.
     group_size : int, optional
-        Weights for each scale along the last axis: 32, 64, 128 or 256; for ``nf4`` and ``fp4`` along the flat tensor,
-        up to 4096.
+        Weights for each scale along the last axis, or along the flat tensor for bitsandbytes' schemes.
     symmetric : bool, optional
         False adds zero points. Default true.
     scale_dtype : {"float32", "float16", "bfloat16"}, optional

@@ -14,7 +14,7 @@ from flightquant import __version__
 from flightquant.cython_core import active_isa, available_isas
 from flightquant.errors import InvalidRequestError, TooLargeError
 from flightquant.reference import fits_groups, fits_transpose, matrix_shape, packed_bytes, scale_count, whole_words
-from flightquant.schemes import SCHEMES, WEIGHT_DTYPES, LayerSpec, Scheme
+from flightquant.schemes import LayerSpec
 from flightquant.spec import Command
 from flightquant.wire import CONTRACT_VERSION
 
@@ -27,50 +27,6 @@ DESCRIPTIONS = {
     "quantize_to": 'Body {"source": ..., "sink": ..., "recipe": {..}}: convert a stored model, one object per layer',
     "version": "Versions, instruction set in use and compute threads",
 }
-
-
-def schemes() -> list[dict[str, Any]]:
-    """One object per scheme, in the order of their table."""
-    return [_scheme(scheme) for scheme in SCHEMES.values()]
-
-
-def _scheme(scheme: Scheme) -> dict[str, Any]:
-    default = Command.build(scheme=scheme.name).layer_spec()
-    options = ["granularity", "group_size"] if scheme.group_sizes else ["granularity"]
-    options += ["bit_width"] if scheme.bit_widths else []
-    options += ["packing"] if len(scheme.packings) > 1 else []
-    options += ["calibration"] if len(scheme.calibrations) > 1 else []
-    options += ["symmetric"] if scheme.asymmetric else []
-    options += ["scale_dtype"] if scheme.scale_dtypes else []
-    return {
-        "name": scheme.name,
-        "bits": scheme.bits,
-        "bit_widths": list(scheme.bit_widths),
-        "granularities": list(scheme.granularities),
-        "group_sizes": sorted(scheme.group_sizes),
-        "default_group_size": scheme.group_sizes[0] if scheme.group_sizes else None,
-        "scale_dtypes": list(scheme.scale_dtypes),
-        "options": options,
-        "defaults": {
-            "bit_width": default.scheme.bits,
-            "packing": default.scheme.packing,
-            "granularity": default.granularity,
-            "group_size": default.group_size or None,
-            "symmetric": default.symmetric,
-            "calibration": default.calibration,
-            "scale_dtype": _scale_dtype(default),
-        },
-        "packing": scheme.packing,
-        "packings": {each.packing: each.exact_with for each in (scheme, *scheme.variants)},
-        "weights": list(WEIGHT_DTYPES),
-        "exact_with": scheme.exact_with,
-        "summary": scheme.summary,
-    }
-
-
-def _scale_dtype(default: LayerSpec) -> str:
-    chosen = {default.scale_dtype_for(dtype) for dtype in ("float32", "float16")}
-    return "the weights' own" if len(chosen) > 1 else chosen.pop()
 
 
 def version(threads: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pyarrow import flight
 
+from flightquant.describe import describe
 from flightquant.errors import InvalidRequestError
 from flightquant.server import actions
 from flightquant.server.auth import ACTION_ROLES
@@ -77,7 +78,7 @@ class QuantService(flight.FlightServerBase):  # type: ignore[misc]
             if action.type in actions.DESCRIPTIONS:
                 call.identity.require(ACTION_ROLES.get(action.type), f"action {action.type}")
             if action.type == "schemes":
-                answers = actions.schemes()
+                answers = describe()
             elif action.type == "estimate":
                 answers = [actions.estimate(action.body.to_pybytes())]
             elif action.type == "version":

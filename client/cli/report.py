@@ -21,11 +21,12 @@ from flightquant.client.safetensors import FLOATS
 from flightquant.client.sinks import LayerResult
 from flightquant.client.sources import Source
 from flightquant.client.stored import StoredLayer, stored_layers
+from flightquant.describe import describe
 from flightquant.errors import InvalidRequestError
 from flightquant.layers import layer_class
 from flightquant.reference import float8
 from flightquant.reference.numeric import widen
-from flightquant.schemes import SCHEMES, LayerSpec
+from flightquant.schemes import LayerSpec
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -176,18 +177,19 @@ def print_json(facts: Any) -> None:
 
 def scheme_rows() -> dict[str, Any]:
     """The schemes and presets, for programs."""
-    return {"schemes": [asdict(scheme) for scheme in SCHEMES.values()], "presets": available_presets()}
+    return {"schemes": describe(), "presets": available_presets()}
 
 
 def print_schemes(console: Console) -> None:
-    """The schemes and presets, one line each."""
+    """The schemes, a line for each packing, and the presets."""
     table = Table(pad_edge=False, box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("scheme", "bits", "granularity", "group sizes", "bit for bit", "what"):
+    for heading in ("scheme", "bits", "packing", "granularity", "group sizes", "bit for bit", "what"):
         table.add_column(heading, overflow="fold")
-    for scheme in SCHEMES.values():
-        sizes = ", ".join(map(str, scheme.group_sizes))
-        granularities = ", ".join(scheme.granularities)
-        table.add_row(scheme.name, str(scheme.bits), granularities, sizes, scheme.exact_with, scheme.summary)
+    for scheme in describe():
+        bits = _listed(scheme["bit_widths"] or [scheme["bits"]])
+        for packing, facts in scheme["packings"].items():
+            ranges = (_listed(facts["granularities"]), _listed(facts["group_sizes"]))
+            table.add_row(scheme["name"], bits, packing, *ranges, facts["exact_with"], facts["summary"])
     console.print(table)
     console.print()
     presets = Table(pad_edge=False, box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -196,6 +198,10 @@ def print_schemes(console: Console) -> None:
     for name, keys in available_presets().items():
         presets.add_row(name, ", ".join(f"{key}: {value}" for key, value in keys.items()))
     console.print(presets)
+
+
+def _listed(values: list[Any]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _print_kept(console: Console, kept: Mapping[str, str], nbytes: int) -> None:

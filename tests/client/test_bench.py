@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flightquant.benchmarks import kernels, report
+from flightquant.benchmarks import kernels, restoring, tables
 from flightquant.benchmarks.cli import app
+from flightquant.benchmarks.harness import weights
 from flightquant.benchmarks.kernels import cases
+from flightquant.cython_core.engine import Engine
 from flightquant.schemes import SCHEMES
 from flightquant.spec import Command
 
@@ -44,7 +46,7 @@ def test_kernels_are_measured_against_reading(tmp_path: Path) -> None:
 
 def test_the_table_of_schemes_is_written_between_its_marks(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    begin, end = report.TABLE_MARKS
+    begin, end = tables.marks("schemes")
     page.write_text(f"# Before\n\n{begin}\nold\n{end}\n\nAfter\n")
     small = ("--scheme", "q8_0", "--scheme", "nf4", "--size", "64x1024", "--rounds", "1", "--table", str(page))
     for _ in range(2):
@@ -59,6 +61,58 @@ def test_the_table_of_schemes_is_written_between_its_marks(tmp_path: Path) -> No
     page.write_text("no marks")
     result = CliRunner().invoke(app, ["kernels", "--table", str(page)])
     assert (result.exit_code, page.read_text()) == (2, "no marks")
+
+
+def test_the_way_back_is_measured_against_writing(tmp_path: Path) -> None:
+    figures, page = tmp_path / "figures.json", tmp_path / "page.md"
+    page.write_text("\n".join([*tables.marks("dequantize"), ""]))
+    small = ("--scheme", "int4", "--scheme", "q6_k", "--size", "64x1024", "--threads", "1", "--rounds", "1")
+    printed = run("kernels", "--op", "dequantize", *small, "--json", str(figures), "--table", str(page))
+    found = json.loads(figures.read_text())
+    cases_ = ("int4", "int4 group 32", "int4 zero points", "int4 onnx", "int4 fbgemm", "q6_k")
+    assert [(row["operation"], row["case"]) for row in found["dequantize"]] == [
+        (operation, case) for operation in ("float32", "float16", "verify") for case in cases_
+    ]
+    for row in found["dequantize"]:
+        assert row["share"] == pytest.approx(row["gb_s"] / row["roof"]["gb_s"])
+        assert row["call"]["gb_s"] <= row["max"]
+        assert row["case"] in printed
+    lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1].strip() for line in lines] == ["", "writing alone, or reading to verify", *cases_]
+    assert {line.count("|") for line in lines} == {5}
+    assert "schemes" not in found
+
+
+def test_every_scheme_has_its_way_back_measured() -> None:
+    """Also that each answer is taken back whole: a row that is refused would be fast."""
+    layer, engine = weights((32, 1024)), Engine(1)
+    for case, answer in restoring.answers(cases(), layer).items():
+        assert answer.column("status").to_pylist() == ["ok"], case
+        for operation, options in restoring.OPERATIONS.items():
+            back = restoring.bound(engine, layer, answer, options)
+            (row,) = back().batch.to_pylist()
+            assert row["status"] == "ok", (case, operation)
+            assert row["sqnr_db"] > 3 if operation == "verify" else len(row["weights"]) == layer.data.size
+
+
+def test_a_table_of_other_libraries_grows_piece_by_piece(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    first, last = tables.marks("peers")
+    page.write_text(f"{first}\n{last}\n")
+
+    def row(case: str, times: float) -> dict[str, object]:
+        rates = {"theirs": {"gb_s": 0.0123}, "ours": {"gb_s": 12.345}}
+        return {"case": case, "peer": "ggml", "threads": 2, **rates, "times": times}
+
+    for measured in ([row("q4_0", 3), row("q5_0", 4)], [row("nf4", 1)], [row("q4_0", 5)]):
+        tables.write(page, {"peers": measured}, 2, "a machine")
+    lines = page.read_text().splitlines()
+    assert lines[2].startswith("`flightquant bench kernels --peers --rounds 2`, GB/s of ")
+    assert lines[2].endswith(". a machine")
+    assert lines[6:-2] == [
+        f"| {case} | ggml | 2 | 0.0123 | 12.3 | {times} |"
+        for case, times in (("q5_0", 4.0), ("nf4", 1.0), ("q4_0", 5.0))
+    ]
 
 
 def test_reductions_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

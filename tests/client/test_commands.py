@@ -23,6 +23,7 @@ from flightquant.client.convert import plan_of, read_importance
 from flightquant.client.recipes import PRESETS, Recipe, available_presets
 from flightquant.client.sources import open_source
 from flightquant.client.stored import open_dequantized
+from flightquant.describe import describe
 from flightquant.errors import InvalidRequestError
 from flightquant.schemes import SCHEMES
 from flightquant.server.app import running_server
@@ -277,9 +278,10 @@ def test_the_report_is_one_page(model: Path, tmp_path: Path) -> None:
 
 def test_schemes_lists_all(tmp_path: Path) -> None:
     told = json.loads(flightquant_("schemes", "--json")[0])
-    assert [scheme["name"] for scheme in told["schemes"]] == list(SCHEMES)
+    assert told["schemes"] == describe()
     assert list(told["presets"]) == list(available_presets())
-    assert all(name in flightquant_("schemes")[0] for name in SCHEMES)
+    shown = flightquant_("schemes")[0]
+    assert all(scheme["name"] in shown and packing in shown for scheme in describe() for packing in scheme["packings"])
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
