@@ -16,8 +16,9 @@ from libc.string cimport memcpy, memset
 import numpy as np
 from pyarrow import RecordBatch
 
+from flightquant.cython_core._layout import JOB_WIDTH, lay_out
 from flightquant.cython_core._memory import MIN_BYTES, OutputMemory
-from flightquant.cython_core._quantize import JOB_WIDTH, Plan, lay_out, quality_columns
+from flightquant.cython_core._quantize import Plan, quality_columns
 from flightquant.cython_core.output import MAX_ANSWER_BYTES
 
 include "arrow_abi.pxi"

@@ -4,28 +4,6 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import disjoint_base
 
-DTYPES: dict[str, int]
-FAMILIES: dict[str, int]
-PACKINGS: dict[str, int]
-SPEC_FIELDS: tuple[str, ...]
-JOB_WIDTH: int
-
-def available_isas() -> list[str]: ...
-def active_isa() -> str: ...
-def pin_team(cpus: list[int]) -> None: ...
-def lay_out(
-    specs: npt.NDArray[np.int64],
-    spec_of_row: npt.NDArray[np.int64],
-    starts: npt.NDArray[np.int64],
-    lengths: npt.NDArray[np.int64],
-    importance: npt.NDArray[np.int64],
-    matrix: npt.NDArray[np.int64],
-    failed: npt.NDArray[np.uint8],
-    jobs: npt.NDArray[np.int64],
-    rows: npt.NDArray[np.int64],
-    offsets: npt.NDArray[np.int64],
-    bytes_out: npt.NDArray[np.int64],
-) -> tuple[int, int, int]: ...
 def quality_columns(
     sums: npt.NDArray[np.float64],
     sqnr_db: npt.NDArray[np.float32],
