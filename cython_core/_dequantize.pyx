@@ -4,7 +4,7 @@ from cython.parallel cimport prange
 from libc.stdint cimport int64_t, uint8_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
 
-from flightquant.cython_core._kernels cimport *
+include "tiles.pxi"
 
 RESTORE_FIELDS = (
     "weights", "data", "scales", "zeros", "restored", "n", "unit", "cols", "row_bytes", "family", "dtype", "bits",

@@ -1,11 +1,14 @@
 """The kernels of this machine: which instruction sets there are, which one is in use, where its threads run.
 
-All kernels are linked into this module; the others take them from it.
+All kernels are linked into this module; the others take them from it (``KERNELS``).
 """
 
+from cpython.pycapsule cimport PyCapsule_New
 from cython.parallel cimport parallel, threadid
 
 import os
+
+include "kernels.pxi"
 
 cdef extern from "fq.h" nogil:
     const fq_kernels *fq_find(const char *name)
@@ -47,13 +50,6 @@ PACKINGS = {
 """Layouts that are made of packed integers, or of scales, at the end; all others are packed as they are made."""
 
 
-cdef const fq_kernels *kernels_of(str isa) except NULL:
-    cdef const fq_kernels *found = fq_find(isa.encode())
-    if found == NULL:
-        raise ValueError(f"instruction set {isa!r} is not one of {', '.join(available_isas())}")
-    return found
-
-
 def pin_team(cpus):
     """Bind each thread of the calling thread's team to one of these CPUs.
 
@@ -89,6 +85,8 @@ def _choose_isa():
 
 
 _ACTIVE = _choose_isa()
+KERNELS = {name: PyCapsule_New(<void *>fq_find(name.encode()), "fq_kernels", NULL) for name in available_isas()}
+"""Capsules of ``const fq_kernels *`` by the instruction set's name."""
 
 
 def active_isa():

@@ -1,10 +1,7 @@
 """The jobs of a batch, and where in memory each one's answer lies."""
 
-from libc.stdint cimport int64_t, uint8_t
-
-from flightquant.cython_core._kernels cimport (
-    FQ_AS_PACKED, FQ_EDGE, FQ_FOLDED, FQ_NESTED, FQ_NVFP4, FQ_ZEROS_BEHIND,
-)
+include "kernels.pxi"
+include "jobs.pxi"
 
 cdef enum:
     NESTED_BLOCK = 256

@@ -10,8 +10,8 @@ from libc.stdint cimport int64_t, uint8_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from flightquant.cython_core._kernels cimport *
-from flightquant.cython_core._layout cimport *
+include "tiles.pxi"
+include "jobs.pxi"
 
 cdef enum:  # steps of a plan
     REDUCE, SEARCH, QUANTIZE, REPACK, NEST, COMPARE

@@ -1,4 +1,4 @@
-"""What the modules that call the kernels share: their interface (kernels/fq.h), the tiles of jobs, a clock."""
+# The kernels' interface: kernels/fq.h.
 
 from libc.stdint cimport int32_t, int64_t, uint8_t
 
@@ -82,69 +82,3 @@ cdef extern from "fq.h" nogil:
         void (*repack)(const fq_job *job, int64_t row, int64_t end) noexcept nogil
         void (*nest)(const fq_job *job) noexcept nogil
         void (*restore)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) noexcept nogil
-
-cdef extern from "<time.h>" nogil:
-    ctypedef long time_t
-    struct timespec:
-        time_t tv_sec
-        long tv_nsec
-    enum:
-        CLOCK_MONOTONIC
-    int clock_gettime(int clock, timespec *to)
-
-
-cdef inline int64_t now() noexcept nogil:
-    cdef timespec time
-    clock_gettime(CLOCK_MONOTONIC, &time)
-    return <int64_t>time.tv_sec * 1000000000 + time.tv_nsec
-
-
-cdef struct Tile:
-    int64_t job, begin, end
-
-
-cdef const fq_kernels *kernels_of(str isa) except NULL
-
-
-cdef inline int64_t cut(const fq_job *job, int64_t number, Tile *to) noexcept nogil:
-    """Count a job's tiles, and write them if ``to`` is given.
-
-    They are whole units, or parts of one; of a job with blocks, strips of whole rows.
-    """
-    cdef int64_t begin = 0, end, count = 0
-    cdef int64_t step = FQ_TILE // job.unit * job.unit if job.unit <= FQ_TILE else FQ_TILE
-    if job.in_blocks:
-        step = FQ_EDGE * job.cols
-    while begin < job.n:
-        end = begin + step
-        if job.unit > FQ_TILE and not job.in_blocks:
-            end = min(end, begin - begin % job.unit + job.unit)
-        end = min(end, job.n)
-        if to != NULL:
-            to[count].job, to[count].begin, to[count].end = number, begin, end
-        count += 1
-        begin = end
-    return count
-
-
-cdef inline int64_t cut_evenly(int64_t length, int64_t step, int64_t number, Tile *to) noexcept nogil:
-    """The same of a job of which rows, or values, are taken so many at a time."""
-    cdef int64_t begin = 0, count = 0
-    while begin < length:
-        if to != NULL:
-            to[count].job, to[count].begin, to[count].end = number, begin, min(begin + step, length)
-        count += 1
-        begin += step
-    return count
-
-
-cdef inline void add_up(const fq_result *part, double *sums, int64_t *first_bad, int64_t *nanoseconds) noexcept nogil:
-    """Add a tile's result to its job's: sum x^2, sum e^2, sum x*e and the largest abs(e); a job's tiles in order."""
-    sums[0] += part.sum_x2
-    sums[1] += part.sum_e2
-    sums[2] += part.sum_xe
-    if part.max_error > sums[3] or part.max_error != part.max_error:
-        sums[3] = part.max_error
-    if first_bad[0] < 0:
-        first_bad[0] = part.first_bad
-    nanoseconds[0] += part.nanoseconds
