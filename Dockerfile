@@ -7,7 +7,7 @@ FROM ${BASE} AS build
 ARG PYTHON_HEADERS=""
 # PYTHON_HEADERS: the package of the headers where the base's Python is the distribution's (python3-dev).
 RUN apt-get update \
- && apt-get install -y --no-install-recommends gcc libc6-dev ${PYTHON_HEADERS} \
+ && apt-get install -y --no-install-recommends gcc libc6-dev tini ${PYTHON_HEADERS} \
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 RUN --mount=type=secret,id=ca,target=/run/ca.crt \
@@ -41,6 +41,9 @@ LABEL org.opencontainers.image.title="flightquant" \
       org.opencontainers.image.description="Weight quantization over Arrow Flight, bit for bit each ecosystem's own" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=build /opt/flightquant /opt/flightquant
+# Process 1: the kernel drops a SIGTERM to a process 1 that does not handle it, as Python does not before it is up.
+COPY --from=build /usr/bin/tini-static /usr/bin/tini
+COPY --from=build /usr/share/doc/tini/copyright /usr/share/doc/tini/copyright
 # Where to listen; and the heap's settings, which the server would otherwise start itself a second time for.
 ENV PATH=/opt/flightquant/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -52,5 +55,5 @@ WORKDIR /
 EXPOSE 8815 8816 9464
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s CMD ["python", "-m", "flightquant.server.probe"]
-ENTRYPOINT ["flightquant"]
+ENTRYPOINT ["tini", "--", "flightquant"]
 CMD ["serve"]

@@ -21,8 +21,7 @@ import numpy.typing as npt
 
 from flightquant.cython_core import active_isa
 from flightquant.cython_core._kernels import DTYPES, FAMILIES
-from flightquant.cython_core._layout import JOB_WIDTH, SPEC_FIELDS, lay_out
-from flightquant.cython_core._quantize import Plan
+from flightquant.cython_core._quantize import JOB_WIDTH, SPEC_FIELDS, Plan, lay_out
 from flightquant.cython_core.budget import ThreadBudget
 from flightquant.layers import Layer
 

@@ -6,8 +6,8 @@ import numpy.typing as npt
 import pyarrow as pa
 from typing_extensions import disjoint_base
 
-from flightquant.cython_core._layout import JOB_WIDTH as JOB_WIDTH
 from flightquant.cython_core._memory import MIN_BYTES as MIN_BYTES
+from flightquant.cython_core._quantize import JOB_WIDTH as JOB_WIDTH
 from flightquant.cython_core._quantize import Plan
 from flightquant.cython_core.output import MAX_ANSWER_BYTES as MAX_ANSWER_BYTES
 

@@ -16,9 +16,8 @@ from libc.string cimport memcpy, memset
 import numpy as np
 from pyarrow import RecordBatch
 
-from flightquant.cython_core._layout import JOB_WIDTH, lay_out
 from flightquant.cython_core._memory import MIN_BYTES, OutputMemory
-from flightquant.cython_core._quantize import Plan, quality_columns
+from flightquant.cython_core._quantize import JOB_WIDTH, Layout, quality_columns
 from flightquant.cython_core.output import MAX_ANSWER_BYTES
 
 include "arrow_abi.pxi"
@@ -101,7 +100,7 @@ cdef class Room:
     """What the batches of so many rows of one call need for a while, one after the other."""
 
     cdef Constants constants
-    cdef object arguments, jobs, amax, first_bad, unheld, nanoseconds, quality
+    cdef object layout, first_bad, unheld, nanoseconds, quality
     cdef int64_t[::1] starts, lengths, bytes_out, spent
     cdef int64_t[:, ::1] matrix, offsets
     cdef float[:, ::1] found
@@ -109,12 +108,10 @@ cdef class Room:
     def __cinit__(self, spec, Py_ssize_t count, Constants constants):
         starts, lengths, bytes_out = integers(count), integers(count), integers(count)
         matrix, offsets, zeros = integers((count, 2)), integers((3, count + 1)), integers(count)
-        self.jobs = integers((count, JOB_WIDTH))
-        self.arguments = (
-            spec, zeros, starts, lengths, zeros, matrix, np.zeros(count, np.uint8), self.jobs, integers(count), offsets,
-            bytes_out,
+        self.layout = Layout(
+            spec, zeros, starts, lengths, zeros, matrix, np.zeros(count, np.uint8), integers((count, JOB_WIDTH)),
+            integers(count), offsets, bytes_out, np.full(count, np.nan, np.float32),
         )
-        self.amax = np.full(count, np.nan, np.float32)
         self.first_bad, self.unheld, self.nanoseconds = integers(count), integers(count), integers(count)
         self.quality = np.empty((3, count), np.float32)
         self.constants = constants
@@ -324,7 +321,7 @@ cdef class PlainWork:
         cdef Held held = self._held
         cdef Room room = held.room
         cdef Py_ssize_t count = room.lengths.shape[0], i
-        _, scratch, self.bytes_out = lay_out(*room.arguments)
+        scratch, self.bytes_out = room.layout.lay_out()
         cdef int64_t[3] nbytes
         cdef int64_t total = padded(scratch)
         for i in range(3):
@@ -351,9 +348,9 @@ cdef class PlainWork:
         for i in range(3):
             self._outputs[i] = <char *>at
             at += padded(nbytes[i])
-        self.plan = Plan(
-            room.jobs, room.amax, self._call._isa, self._call._measure, <uintptr_t>self._outputs[0],
-            <uintptr_t>self._outputs[1], <uintptr_t>self._outputs[2], at, held,
+        self.plan = room.layout.plan(
+            self._call._isa, self._call._measure, <uintptr_t>self._outputs[0], <uintptr_t>self._outputs[1],
+            <uintptr_t>self._outputs[2], at, held,
         )
         return True
 

@@ -11,7 +11,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 include "tiles.pxi"
-include "jobs.pxi"
+include "layout.pxi"
 
 cdef enum:  # steps of a plan
     REDUCE, SEARCH, QUANTIZE, REPACK, NEST, COMPARE
@@ -67,7 +67,7 @@ cdef class Plan:
     cdef object _owner
     cdef int64_t _n_jobs
 
-    def __cinit__(
+    def __init__(
         self,
         const int64_t[:, ::1] jobs,
         const float[::1] given_amax,
@@ -79,7 +79,7 @@ cdef class Plan:
         uintptr_t scratch,
         owner,
     ):
-        """Plan the jobs of a matrix of shape (jobs, JOB_WIDTH), as ``_layout.lay_out`` makes it.
+        """Plan the jobs of a matrix of shape (jobs, JOB_WIDTH), as ``lay_out`` makes it.
 
         Parameters
         ----------
@@ -95,8 +95,16 @@ cdef class Plan:
         owner : object
             What holds all memory that the jobs name.
         """
+        if self._jobs != NULL:
+            raise RuntimeError("a plan is made once")
+        self._make(jobs, given_amax, isa, measure, data, scales, zeros, scratch, owner)
+
+    cdef int _make(
+        self, const int64_t[:, ::1] jobs, const float[::1] given_amax, str isa, bint measure, uintptr_t data,
+        uintptr_t scales, uintptr_t zeros, uintptr_t scratch, owner,
+    ) except -1:
         if jobs.shape[1] != JOB_COLUMNS or given_amax.shape[0] != jobs.shape[0]:
-            raise ValueError(f"expected a matrix of {JOB_COLUMNS} columns, got {jobs.shape[1]}")
+            raise ValueError(f"expected a matrix of {JOB_WIDTH} columns, got {jobs.shape[1]}")
         self._kernels = kernels_of(isa)
         self._matrix = jobs
         self._n_jobs = jobs.shape[0]
@@ -111,6 +119,7 @@ cdef class Plan:
             self._fill_job(i, measure, data, scales, zeros, scratch)
         self._cut_tiles()
         self.compared = self.tiles if self.nested and measure else 0
+        return 0
 
     cdef void _fill_job(
         self, int64_t i, bint measure, uintptr_t data, uintptr_t scales, uintptr_t zeros, uintptr_t scratch

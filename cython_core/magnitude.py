@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import pyarrow as pa
 
-from flightquant.cython_core._layout import JOB_WIDTH, lay_out
-from flightquant.cython_core._quantize import Plan
+from flightquant.cython_core._quantize import JOB_WIDTH, Plan, lay_out
 from flightquant.cython_core.answer import NO_SCHEME, good_rows, status_columns
 from flightquant.cython_core.engine import Answer, Between, Engine, Session
 from flightquant.cython_core.validate import CheckedBatch, Limits, Request, checked_layers

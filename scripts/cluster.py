@@ -221,13 +221,13 @@ def drained(cluster: Cluster) -> bool:
 
 
 def process_of(pod: dict[str, Any]) -> int:
-    """The number under which this machine knows a pod's server."""
+    """The number under which this machine knows a pod's server, which runs as its init's child."""
     container = pod["status"]["containerStatuses"][0]["containerID"].rpartition("/")[2]
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             mine = container in (folder / "cgroup").read_text()
             if mine and re.search(r"^NSpid:.*\s1$", (folder / "status").read_text(), re.MULTILINE):
-                return int(folder.name)
+                return int((folder / "task" / folder.name / "children").read_text())
     raise RuntimeError(f"no process of {container}")
 
 

@@ -1,9 +1,10 @@
-"""SIGTERM at any moment of a server's life: ``python tests/fq_signals.py [STARTS] [SEED] [--init]``.
+"""SIGTERM at any moment of a server's life: ``python tests/fq_signals.py [STARTS] [SEED] [--bare | --init]``.
 
 Each start is sent SIGTERM at a seeded moment of its first three seconds, while it imports, starts itself again for its
 heap, warms up, opens its ports or serves; every fourth a second one soon after. Meanwhile others knock at its ports. It
-has to end, with the exit code of its state. ``--init`` makes it process 1 of a namespace, as in a container, which the
-kernel saves from signals that it does not handle (needs root). What does not end in time tells its Python stacks.
+has to end, with the exit code of its state. ``--bare`` makes it process 1 of a namespace, which the kernel saves from
+signals that it does not handle; ``--init`` makes ``tini`` that and the server its child, as the image does (both need
+root). What does not end in time tells its Python stacks.
 Prints how many ended how, and the longest that one took; exits 1 if one did not end.
 """
 
@@ -37,6 +38,8 @@ ENDS = {
 }
 DROPPED = "had no handler yet: the kernel drops the signal of a process 1"
 NAMESPACE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+FIRST = {"--bare": NAMESPACE, "--init": (*NAMESPACE, "tini", "--")}
+"""What starts the server as process 1, and as the child of one."""
 
 
 def knock(ports: list[int], until: threading.Event) -> None:
@@ -48,9 +51,9 @@ def knock(ports: list[int], until: threading.Event) -> None:
 
 
 def inner(pid: int) -> int:
-    """The namespace's first process, as seen from here."""
+    """The namespace's first process, as seen from here, once it is what was to be started."""
     children = Path(f"/proc/{pid}/task/{pid}/children")
-    while not (found := children.read_text().split()):
+    while not (found := children.read_text().split()) or Path(f"/proc/{found[0]}/comm").read_text() == "unshare\n":
         time.sleep(0.001)
     return int(found[0])
 
@@ -70,9 +73,9 @@ def stacks(pid: int, log: str) -> str:
 
 
 def start_and_stop(
-    rng: np.random.Generator, as_init: bool = False, latest_s: float = LATEST_S, hangs_s: float = HANGS_S
+    rng: np.random.Generator, first: tuple[str, ...] = (), latest_s: float = LATEST_S, hangs_s: float = HANGS_S
 ) -> tuple[str, float]:
-    """One server's life: how it ended, and the seconds from the signal to its end."""
+    """One server's life behind the words ``first``: how it ended, and the seconds from the signal to its end."""
     ports = [free_port() for _ in range(3)]
     options = ["--location", f"grpc://127.0.0.1:{ports[0]}", "--metrics-port", str(ports[1])]
     options += ["--health-port", str(ports[2]), "--grace-s", str(GRACE_S)]
@@ -84,13 +87,13 @@ def start_and_stop(
     gone = threading.Event()
     with (
         tempfile.NamedTemporaryFile("w+") as log,
-        subprocess.Popen([*(NAMESPACE if as_init else ()), *words], stdout=-3, stderr=log, env=variables) as process,
+        subprocess.Popen([*first, *words], stdout=-3, stderr=log, env=variables) as process,
     ):
         threading.Thread(target=knock, args=(ports, gone), daemon=True).start()
         try:
-            pid = inner(process.pid) if as_init else process.pid
+            pid = inner(process.pid) if first else process.pid
             time.sleep(at)
-            if as_init and dropped(pid):
+            if first == FIRST["--bare"] and dropped(pid):
                 return DROPPED, at
             began = time.monotonic()
             os.kill(pid, signal.SIGTERM)
@@ -110,12 +113,13 @@ def start_and_stop(
 
 def main() -> None:
     """The command."""
-    given = [int(word) for word in sys.argv[1:] if word != "--init"]
+    given = [int(word) for word in sys.argv[1:] if word not in FIRST]
+    first = next((FIRST[word] for word in sys.argv[1:] if word in FIRST), ())
     starts, seed = given[0] if given else 200, given[1] if given[1:] else 20261121
     tally: Counter[str] = Counter()
     longest = {True: 0.0, False: 0.0}
     for number in range(starts):
-        how, took = start_and_stop(np.random.default_rng([seed, number]), "--init" in sys.argv)
+        how, took = start_and_stop(np.random.default_rng([seed, number]), first)
         tally[how] += 1
         longest[how == DROPPED] = max(longest[how == DROPPED], took)
     for how, count in tally.most_common():

@@ -10,7 +10,7 @@ import sys
 def main() -> None:
     """Run the command with the process's arguments and exit."""
     if sys.argv[1:2] == ["serve"]:
-        # In a container the server is process 1, for which the kernel drops a signal that has no handler: a SIGTERM
+        # As process 1 of a container that has no init, a process does not hear a signal without a handler: a SIGTERM
         # while it loads would be lost for good. Held back is one that came while it started itself again.
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

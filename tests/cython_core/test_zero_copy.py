@@ -20,7 +20,7 @@ from flightquant.cython_core import local
 from flightquant.cython_core import output as output_module
 from flightquant.cython_core import work as work_module
 from flightquant.cython_core._memory import OutputMemory
-from flightquant.cython_core._quantize import Plan
+from flightquant.cython_core._quantize import Layout, Plan
 from flightquant.cython_core.engine import Engine
 from flightquant.spec import Command
 
@@ -41,15 +41,25 @@ def plans() -> Iterator[list[dict[str, np.ndarray]]]:
     """The addresses that the kernels get in all plans made meanwhile."""
     seen: list[dict[str, np.ndarray]] = []
 
-    def spy(jobs: np.ndarray, amax: np.ndarray, isa: str, measure: bool, *rest: Any) -> Plan:
-        outputs = rest[:3]
+    def note(jobs: np.ndarray, *outputs: int) -> None:
         # The first columns of a job: where its weights are, and its bytes, scales and zero points in their outputs.
         seen.append({"weights": jobs[:, 0].copy()})
         for column, (name, base) in enumerate(zip(("data", "scales", "zeros"), outputs, strict=True), start=1):
             seen[-1][name] = jobs[:, column] + base
+
+    def spy(jobs: np.ndarray, amax: np.ndarray, isa: str, measure: bool, *rest: Any) -> Plan:
+        note(jobs, *rest[:3])
         return Plan(jobs, amax, isa, measure, *rest)
 
-    with mock.patch.object(work_module, "Plan", spy), mock.patch.object(plain_module, "Plan", spy):
+    class Spy(Layout):
+        def __init__(self, *arrays: np.ndarray) -> None:
+            self.jobs = arrays[7]
+
+        def plan(self, isa: str, measure: bool, *rest: Any) -> Plan:
+            note(self.jobs, *rest[:3])
+            return super().plan(isa, measure, *rest)
+
+    with mock.patch.object(work_module, "Plan", spy), mock.patch.object(plain_module, "Layout", Spy):
         yield seen
 
 

@@ -131,6 +131,17 @@ def test_the_image_sets_the_heap_as_the_server_would() -> None:
         assert re.search(rf"^EXPOSE .*\b{port}\b", text, re.MULTILINE)
 
 
+def test_an_init_is_process_1_of_the_image() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    assert re.findall(r"^ENTRYPOINT .*", text, re.MULTILINE) == ['ENTRYPOINT ["tini", "--", "flightquant"]']
+    assert re.search(r"^COPY --from=build \S+ /usr/bin/tini$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_no_manifest_goes_past_the_init(overlay: str) -> None:
+    assert ["command" in container for container in pod(overlay)["spec"]["containers"]] == [False]
+
+
 def test_both_autoscalers_hold_the_same() -> None:
     (plain,), (keda,) = of_kind("prod", "HorizontalPodAutoscaler"), of_kind("prod-keda", "ScaledObject")
     made = keda["spec"]["advanced"]["horizontalPodAutoscalerConfig"]
