@@ -13,35 +13,27 @@ enum { FQ_PIECE = 512, FQ_ACROSS = FQ_PIECE / FQ_EDGE };
 /* The ranges of a piece's blocks: `width` columns from `begin` on, of so many rows. */
 FQ_INLINE void range_blocks(const fq_job *job, int64_t begin, int64_t rows, int64_t width, int32_t *high) {
   _Alignas(64) float buffer[FQ_PIECE];
-  pi highest[FQ_ACROSS], none;
+  const int dtype = span_dtype(job);
+  pi highest[FQ_ACROSS];
   for (int b = 0; b < FQ_ACROSS; b++)
     highest[b] = pi_set(0);
   for (int64_t row = 0; row < rows; row++) {
-    const float *x = load_span(job, begin + row * job->cols, width, buffer);
-    for (int64_t b = 0; b * FQ_EDGE < width; b++) {
-      const int64_t rest = round_up(width - b * FQ_EDGE, FQ_LANES);
-      pi found;
-      range_lanes(x + b * FQ_EDGE, rest < FQ_EDGE ? rest : FQ_EDGE, 1, &found, &none);
-      highest[b] = pi_max(highest[b], found);
+    const char *x = weights_span(job, begin + row * job->cols, width, buffer);
+    for (int64_t b = 0; b * FQ_EDGE < width; b++, x += FQ_EDGE * fq_dtype_bytes[dtype]) {
+      const int64_t rest = round_up(width - b * FQ_EDGE, FQ_STEP), n = rest < FQ_EDGE ? rest : FQ_EDGE;
+      const range_part found = dtype == FQ_F32 ? range_of(x, n, 1, FQ_F32) : range_of(x, n, 1, FQ_F16);
+      highest[b] = pi_max(highest[b], found.high);
     }
   }
   for (int b = 0; b < FQ_ACROSS; b++)
     high[b] = pi_highest(highest[b]);
-}
-
-/* The first weight of a strip that is not finite: pieces lie across the order of the weights. */
-static __attribute__((noinline)) void note_bad_strip(const fq_job *job, int64_t begin, int64_t end, fq_result *result) {
-  _Alignas(64) float buffer[FQ_SPAN];
-  for (int64_t at = begin; at < end && result->first_bad < 0; at += FQ_SPAN) {
-    const int64_t n = end - at < FQ_SPAN ? end - at : FQ_SPAN;
-    note_bad(load_span(job, at, n, buffer), at, n, result);
-  }
+  widen_ends(high, dtype);
 }
 
 /* Quantize a strip, piece by piece: ranges, parameters, then row by row codes, packed bytes, quality sums. */
 FQ_INLINE void quantize_strip(const fq_job *job, int64_t begin, int64_t end, fq_result *result,
                               span_quantizer *quantizer, span_packer *packer) {
-  _Alignas(64) float buffer[FQ_PIECE], again[FQ_PIECE];
+  _Alignas(64) float buffer[FQ_PIECE], wide[FQ_PIECE], again[FQ_PIECE];
   _Alignas(64) int8_t bytes[FQ_PIECE];
   const int64_t cols = job->cols, rows = (end - begin) / cols, across = (cols + FQ_EDGE - 1) / FQ_EDGE;
   float *scales = job->scales + begin / cols / FQ_EDGE * across;
@@ -54,19 +46,19 @@ FQ_INLINE void quantize_strip(const fq_job *job, int64_t begin, int64_t end, fq_
     range_blocks(job, begin + col, rows, width, u.high);
     for (int64_t b = 0; b < blocks; b++)
       if (u.high[b] >= FQ_INFINITY_BITS)
-        note_bad_strip(job, begin, end, result);
+        note_bad_weights(job, begin, end, result); /* pieces lie across the order of the weights */
     parameters_16(job, &u, 0);
     memcpy(scales + col / FQ_EDGE, u.scale, (size_t)blocks * sizeof(float));
     spread(&u, blocks, FQ_EDGE / FQ_BLOCK);
     for (int64_t row = 0; row < rows; row++) {
       const int64_t at = begin + row * cols + col;
-      const float *x = load_span(job, at, width, buffer);
+      const char *x = weights_span(job, at, width, buffer);
       fetcher next = fetch_from(job, col + width < cols ? at + width : at - col + FQ_EDGE * cols);
       int8_t *codes = padded == width ? (int8_t *)job->data + at : bytes;
-      quantizer(job, &next, x, padded, &u, codes, again);
+      quantizer(job, &next, x, padded, &u, codes, wide, again);
       packer(job, at, width, codes);
       if (job->measure)
-        measure(x, again, round_up(width, FQ_LANES), &next, result);
+        measure(wide_span(job, x, wide), again, round_up(width, FQ_LANES), &next, result);
     }
   }
 }

@@ -2,9 +2,9 @@
 #include "blocks.h"
 #include "minifloat.h"
 
-/* Codes, and weights again where they are wanted, of n weights (a multiple of 64). */
-FQ_INLINE void quantize_span(const fq_job *job, fetcher *next, const float *x, int64_t n, const span_units *u,
-                             minifloat format, int arithmetic, int careful, int measured, int8_t *codes, float *y) {
+FQ_INLINE void quantize_span(const fq_job *job, fetcher *next, const char *x, int64_t n, const span_units *u,
+                             minifloat format, int arithmetic, int careful, int measured, int8_t *codes, float *wide,
+                             float *y) {
   const vf highest = vf_set(highest_level(job));
   for (int64_t at = 0; at < n; at += FQ_STEP) {
     vi code[FQ_STEP / FQ_LANES];
@@ -12,7 +12,10 @@ FQ_INLINE void quantize_span(const fq_job *job, fetcher *next, const float *x, i
     for (int v = 0; v < FQ_STEP / FQ_LANES; v++) {
       const int64_t i = at + v * FQ_LANES;
       const uint32_t unit = (uint32_t)(i / FQ_BLOCK) >> u->shift;
-      const vf scale = vf_set(u->scale[unit]), inverse = vf_set(u->inverse[unit]), weight = vf_load(x + i);
+      const vf scale = vf_set(u->scale[unit]), inverse = vf_set(u->inverse[unit]);
+      const vf weight = load_one(x + i * fq_dtype_bytes[arithmetic], arithmetic);
+      if (measured && arithmetic != FQ_F32)
+        vf_store(wide + i, weight);
       vf q, value;
       if (careful) {
         q = round_to(vf_div(weight, scale), arithmetic);
@@ -34,24 +37,24 @@ FQ_INLINE void quantize_span(const fq_job *job, fetcher *next, const float *x, i
 
 /* Float16 quotients of e5m2 may be denormal, which round_quotient does not know: always with care. */
 #define FQ_FORMAT(name, half)                                                                                          \
-  static __attribute__((noinline)) void name##_extreme(const fq_job *job, fetcher *next, const float *x, int64_t n,    \
-                                                       const span_units *u, int8_t *codes, float *y) {                 \
-    quantize_span(job, next, x, n, u, name, job->arithmetic, 1, job->measure, codes, y);                               \
+  static __attribute__((noinline)) void name##_extreme(const fq_job *job, fetcher *next, const char *x, int64_t n,     \
+                                                       const span_units *u, int8_t *codes, float *wide, float *y) {    \
+    quantize_span(job, next, x, n, u, name, job->arithmetic, 1, job->measure, codes, wide, y);                         \
   }                                                                                                                    \
-  static void name##_options(const fq_job *job, fetcher *next, const float *x, int64_t n, const span_units *u,         \
-                             int8_t *codes, float *y) {                                                                \
+  static void name##_options(const fq_job *job, fetcher *next, const char *x, int64_t n, const span_units *u,          \
+                             int8_t *codes, float *wide, float *y) {                                                   \
     if (u->careful || (job->arithmetic == FQ_F16 && !half))                                                            \
-      name##_extreme(job, next, x, n, u, codes, y);                                                                    \
+      name##_extreme(job, next, x, n, u, codes, wide, y);                                                              \
     else if (job->arithmetic == FQ_F32 && job->measure)                                                                \
-      quantize_span(job, next, x, n, u, name, FQ_F32, 0, 1, codes, y);                                                 \
+      quantize_span(job, next, x, n, u, name, FQ_F32, 0, 1, codes, wide, y);                                           \
     else if (job->arithmetic == FQ_F32)                                                                                \
-      quantize_span(job, next, x, n, u, name, FQ_F32, 0, 0, codes, y);                                                 \
+      quantize_span(job, next, x, n, u, name, FQ_F32, 0, 0, codes, wide, y);                                           \
     else if (job->arithmetic == FQ_BF16 && job->measure)                                                               \
-      quantize_span(job, next, x, n, u, name, FQ_BF16, 0, 1, codes, y);                                                \
+      quantize_span(job, next, x, n, u, name, FQ_BF16, 0, 1, codes, wide, y);                                          \
     else if (job->arithmetic == FQ_BF16)                                                                               \
-      quantize_span(job, next, x, n, u, name, FQ_BF16, 0, 0, codes, y);                                                \
+      quantize_span(job, next, x, n, u, name, FQ_BF16, 0, 0, codes, wide, y);                                          \
     else                                                                                                               \
-      quantize_span(job, next, x, n, u, name, FQ_F16, 0, job->measure, codes, y);                                      \
+      quantize_span(job, next, x, n, u, name, FQ_F16, 0, job->measure, codes, wide, y);                                \
   }
 
 FQ_FORMAT(e4m3, 1)

@@ -19,21 +19,23 @@ void FQ_NAME(integer_parameters)(const fq_job *job, const fq_range *ranges, int6
   }
 }
 
-/* Codes, and weights again where they are wanted, of n weights (a multiple of 64). */
-FQ_INLINE void quantize_span(fetcher *next, const float *x, int64_t n, const span_units *u, int bits, int arithmetic,
-                             int symmetric, int careful, int measured, int8_t *codes, float *y) {
+FQ_INLINE void quantize_span(fetcher *next, const char *x, int64_t n, const span_units *u, int bits, int arithmetic,
+                             int symmetric, int careful, int measured, int8_t *codes, float *wide, float *y) {
   enum { VECTORS = FQ_STEP / FQ_LANES, EACH = FQ_BLOCK / FQ_LANES };
   const int32_t half_range = 1 << (bits - 1);
   const vi low = vi_set(-half_range), high = vi_set(half_range - 1);
-  const float *end = x + n;
-  for (uint32_t block = 0; x < end; x += FQ_STEP, y += FQ_STEP, codes += FQ_STEP) {
+  const int64_t width = fq_dtype_bytes[arithmetic];
+  const char *end = x + n * width;
+  for (uint32_t block = 0; x < end; x += FQ_STEP * width, wide += FQ_STEP, y += FQ_STEP, codes += FQ_STEP) {
     vi code[VECTORS];
     fetch_step(next, measured);
     for (int half = 0; half < 2; half++, block++) {
       const uint32_t unit = block >> u->shift;
       const vf scale = vf_set(u->scale[unit]), inverse = vf_set(u->inverse[unit]), zero = vf_set(u->zero[unit]);
       for (int v = half * EACH; v < (half + 1) * EACH; v++) {
-        const vf weight = vf_load(x + v * FQ_LANES);
+        const vf weight = load_one(x + v * FQ_LANES * width, arithmetic);
+        if (measured && arithmetic != FQ_F32)
+          vf_store(wide + v * FQ_LANES, weight);
         vf q;
         if (careful)
           q = vf_div(weight, scale);
@@ -65,10 +67,10 @@ FQ_INLINE void quantize_span(fetcher *next, const float *x, int64_t n, const spa
 }
 
 /* One copy of the loop for each set of options that changes its instructions. */
-FQ_INLINE void quantize_options(const fq_job *job, fetcher *next, const float *x, int64_t n, const span_units *u,
-                                int8_t *codes, float *y) {
+FQ_INLINE void quantize_options(const fq_job *job, fetcher *next, const char *x, int64_t n, const span_units *u,
+                                int8_t *codes, float *wide, float *y) {
 #define FQ_LOOP(arithmetic, symmetric, measured)                                                                       \
-  quantize_span(next, x, n, u, job->bits, arithmetic, symmetric, 0, measured, codes, y)
+  quantize_span(next, x, n, u, job->bits, arithmetic, symmetric, 0, measured, codes, wide, y)
 #define FQ_LOOPS(arithmetic)                                                                                           \
   if (job->symmetric && job->measure)                                                                                  \
     FQ_LOOP(arithmetic, 1, 1);                                                                                         \
@@ -90,17 +92,17 @@ FQ_INLINE void quantize_options(const fq_job *job, fetcher *next, const float *x
   }
 }
 
-static __attribute__((noinline)) void quantize_extreme(const fq_job *job, fetcher *next, const float *x, int64_t n,
-                                                       const span_units *u, int8_t *codes, float *y) {
-  quantize_span(next, x, n, u, job->bits, job->arithmetic, job->symmetric, 1, job->measure, codes, y);
+static __attribute__((noinline)) void quantize_extreme(const fq_job *job, fetcher *next, const char *x, int64_t n,
+                                                       const span_units *u, int8_t *codes, float *wide, float *y) {
+  quantize_span(next, x, n, u, job->bits, job->arithmetic, job->symmetric, 1, job->measure, codes, wide, y);
 }
 
-static void quantize(const fq_job *job, fetcher *next, const float *x, int64_t n, const span_units *u, int8_t *codes,
-                     float *y) {
+static void quantize(const fq_job *job, fetcher *next, const char *x, int64_t n, const span_units *u, int8_t *codes,
+                     float *wide, float *y) {
   if (u->careful)
-    quantize_extreme(job, next, x, n, u, codes, y);
+    quantize_extreme(job, next, x, n, u, codes, wide, y);
   else
-    quantize_options(job, next, x, n, u, codes, y);
+    quantize_options(job, next, x, n, u, codes, wide, y);
 }
 
 /* Codes of any width below 8, raised to 0 and up, as a dense stream, the lowest bit first: 8 codes in `bits` bytes, by
@@ -158,17 +160,24 @@ void FQ_NAME(integer_reduce)(const fq_job *job, int64_t begin, int64_t end, fq_r
   _Alignas(64) float buffer[FQ_SPAN];
   for (int64_t at = begin; at < end;) {
     const int64_t stop = span_end(job, at, end), n = stop - at, padded = round_up(n, FQ_STEP);
-    const float *x = load_span(job, at, n, buffer);
-    pi highs, lows;
-    if (job->symmetric)
-      range_lanes(x, padded, 1, &highs, &lows);
-    else
-      range_lanes(x, padded, 0, &highs, &lows);
-    const int32_t high = pi_highest(highs), low = pi_highest(lows);
-    if (high >= FQ_INFINITY_BITS || low >= FQ_INFINITY_BITS)
-      note_bad(x, at, n, result);
-    result->range.high = high > result->range.high ? high : result->range.high;
-    result->range.low = low > result->range.low ? low : result->range.low;
+    const int halves = job->dtype == FQ_F16 || job->dtype == FQ_BF16;
+    int32_t ends[FQ_LANES] = {0};
+    range_part found;
+    if (!halves) {
+      const float *x = load_span(job, at, n, buffer);
+      found = job->symmetric ? range_bits(x, padded, 1) : range_bits(x, padded, 0);
+    } else {
+      const char *x = halves_span(job, at, n, (char *)buffer);
+      found = job->symmetric ? range_halves(x, padded, 1) : range_halves(x, padded, 0);
+    }
+    found = beyond_zero(found);
+    ends[0] = pi_highest(found.high);
+    ends[1] = pi_highest(found.low);
+    widen_ends(ends, job->dtype);
+    if (ends[0] >= FQ_INFINITY_BITS || ends[1] >= FQ_INFINITY_BITS)
+      note_bad_weights(job, at, stop, result);
+    result->range.high = ends[0] > result->range.high ? ends[0] : result->range.high;
+    result->range.low = ends[1] > result->range.low ? ends[1] : result->range.low;
     at = stop;
   }
 }

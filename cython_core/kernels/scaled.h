@@ -27,6 +27,22 @@ FQ_INLINE int unusual(const fq_job *job, vf scale) {
   return vi_highest(vi_max(vi_sub(least, bits), vi_sub(bits, most))) > 0;
 }
 
+/* The dtype in which a span's weights are taken: 16-bit ones as they are where the arithmetic is theirs, converted by
+ * the loops over them; all others as float32. */
+FQ_INLINE int span_dtype(const fq_job *job) { return job->arithmetic; }
+
+/* The span's n weights in this dtype, followed by zeros up to a whole step: in place, or in buffer. */
+FQ_INLINE const char *weights_span(const fq_job *job, int64_t begin, int64_t n, float *buffer) {
+  if (span_dtype(job) != FQ_F32)
+    return halves_span(job, begin, n, (char *)buffer);
+  return (const char *)load_span(job, begin, n, buffer);
+}
+
+/* The same weights as float32, once a quantizer that measures has been over them. */
+FQ_INLINE const float *wide_span(const fq_job *job, const char *x, const float *wide) {
+  return span_dtype(job) != FQ_F32 ? wide : (const float *)(const void *)x;
+}
+
 /* The magnitude, in steps of the scale, of the largest weight of a symmetric unit. */
 FQ_INLINE float highest_level(const fq_job *job) {
   switch (job->family) {
@@ -90,24 +106,42 @@ FQ_INLINE vf round_quotient(vf a, int arithmetic) {
   return vi_float(vi_and(vi_add(vf_bits(a), vi_set(drop / 2)), vi_set(-drop)));
 }
 
+/* The ranges of at most 16 units; the highest of them all. */
+FQ_INLINE int32_t ranges_16(const fq_job *job, const char *x, int64_t units, int symmetric, int32_t *high,
+                            int32_t *low) {
+  switch (span_dtype(job)) {
+  case FQ_BF16:
+    return range_units_of(x, FQ_BF16, job->unit, units, symmetric, high, low);
+  case FQ_F16:
+    return range_units_of(x, FQ_F16, job->unit, units, symmetric, high, low);
+  default:
+    return range_units_of(x, FQ_F32, job->unit, units, symmetric, high, low);
+  }
+}
+
+static __attribute__((noinline)) void shrink_16(const fq_job *job, int64_t begin, int64_t units, int32_t *high,
+                                                int32_t *low) {
+  _Alignas(64) float buffer[FQ_SPAN];
+  const float *x = load_span(job, begin, units * job->unit, buffer);
+  FQ_NAME(shrink_units)(job, x, begin, units, high, low);
+}
+
 /* Ranges, then parameters, of the units that a span joins. */
-FQ_INLINE void span_parameters(const fq_job *job, const float *x, int64_t begin, int64_t n, span_units *u,
+FQ_INLINE void span_parameters(const fq_job *job, const char *x, int64_t begin, int64_t n, span_units *u,
                                fq_result *result) {
   const int64_t units = n / job->unit, first = begin / job->unit;
   u->careful = 0;
   for (int64_t i = 0; i < units; i += FQ_LANES) {
-    const float *from = x + i * job->unit;
+    const char *from = x + i * job->unit * fq_dtype_bytes[span_dtype(job)];
     int32_t highest;
     if (job->symmetric)
-      highest = range_units(from, job->unit, units - i, 1, u->high + i, u->low + i);
+      highest = ranges_16(job, from, units - i, 1, u->high + i, u->low + i);
     else
-      highest = range_units(from, job->unit, units - i, 0, u->high + i, u->low + i);
+      highest = ranges_16(job, from, units - i, 0, u->high + i, u->low + i);
     if (highest >= FQ_INFINITY_BITS)
-      note_bad(x, begin, n, result);
-    if (job->shrinks) {
-      const int64_t some = units - i < FQ_LANES ? units - i : FQ_LANES;
-      FQ_NAME(shrink_units)(job, from, begin + i * job->unit, some, u->high + i, u->low + i);
-    }
+      note_bad_weights(job, begin, begin + n, result);
+    if (job->shrinks)
+      shrink_16(job, begin + i * job->unit, units - i < FQ_LANES ? units - i : FQ_LANES, u->high + i, u->low + i);
     parameters_16(job, u, (int)i);
   }
   u->careful |= job->shrinks;
@@ -147,16 +181,17 @@ FQ_INLINE void unit_parameters(const fq_job *job, int64_t begin, int64_t end, sp
   }
 }
 
-/* Codes, and weights again where they are wanted, of n weights (a multiple of 64). */
-typedef void span_quantizer(const fq_job *job, fetcher *next, const float *x, int64_t n, const span_units *u,
-                            int8_t *codes, float *y);
+/* Codes of n weights in span_dtype (a multiple of 64); where they are measured also weights again, and 16-bit ones as
+ * float32. */
+typedef void span_quantizer(const fq_job *job, fetcher *next, const char *x, int64_t n, const span_units *u,
+                            int8_t *codes, float *wide, float *y);
 /* Write the codes of n weights from an index on; codes may be changed past the n-th. */
 typedef void span_packer(const fq_job *job, int64_t begin, int64_t n, int8_t *codes);
 
 /* Quantize a tile, span by span: parameters, codes, packed bytes, quality sums. */
 FQ_INLINE void quantize_tile(const fq_job *job, int64_t begin, int64_t end, fq_result *result,
                              span_quantizer *quantizer, span_packer *packer) {
-  _Alignas(64) float buffer[FQ_SPAN], again[FQ_SPAN];
+  _Alignas(64) float buffer[FQ_SPAN], wide[FQ_SPAN], again[FQ_SPAN];
   _Alignas(64) int8_t bytes[FQ_SPAN];
   span_units u;
   memset(&u, 0, sizeof u);
@@ -169,17 +204,17 @@ FQ_INLINE void quantize_tile(const fq_job *job, int64_t begin, int64_t end, fq_r
       known_until = unit_end < end ? unit_end : end;
       unit_parameters(job, at, known_until, &u, result);
     }
-    const float *x = load_span(job, at, n, buffer);
+    const char *x = weights_span(job, at, n, buffer);
     fetcher next = fetch_after(job, at, n);
     if (joined)
       span_parameters(job, x, at, n, &u, result);
     /* 8-bit codes are the packed bytes, if no step reaches past them. */
     int8_t *codes = job->bits == 8 && padded == n ? (int8_t *)job->data + at : bytes;
-    quantizer(job, &next, x, padded, &u, codes, again);
+    quantizer(job, &next, x, padded, &u, codes, wide, again);
     packer(job, at, n, codes);
     /* not up to padded: past the last unit a step has no parameters */
     if (job->measure)
-      measure(x, again, round_up(n, FQ_LANES), &next, result);
+      measure(wide_span(job, x, wide), again, round_up(n, FQ_LANES), &next, result);
     at = stop;
   }
 }

@@ -67,7 +67,9 @@ FQ_MAP2(vi_or, vi, pi_or)
 FQ_MAP2(vi_xor, vi, pi_xor)
 FQ_MAP2(vi_max, vi, pi_max) /* signed */
 FQ_MAP2(vi_max_unsigned, vi, pi_max_unsigned)
-FQ_MAP2(vi_min, vi, pi_min) /* signed */
+FQ_MAP2(vi_min, vi, pi_min)               /* signed */
+FQ_MAP2(vi_max_halves, vi, pi_max_halves) /* of 32 int16, signed */
+FQ_MAP2(vi_max_unsigned_halves, vi, pi_max_unsigned_halves)
 FQ_MAP1(vf_sqrt, vf, vf, pf_sqrt)
 FQ_MAP1(vf_bits, vi, vf, pf_bits)
 FQ_MAP1(vi_float, vf, vi, pi_float)     /* the float32 with these bits */
@@ -91,13 +93,14 @@ FQ_SHIFT(24)
 FQ_SHIFT(28)
 FQ_SHIFT(31)
 
-/* Shifted left by a constant, so that a code's lowest bit becomes the lowest of a mantissa of so many bits. */
+/* Shifted left by a constant: a bfloat16 becomes a float32, a code's lowest bit the lowest of a mantissa. */
 #define FQ_SHIFT_LEFT(n)                                                                                               \
   FQ_INLINE vi vi_shift_left_##n(vi a) {                                                                               \
     vi r;                                                                                                              \
     FQ_EACH r.p[k] = pi_shift_left(a.p[k], n);                                                                         \
     return r;                                                                                                          \
   }
+FQ_SHIFT_LEFT(16)
 FQ_SHIFT_LEFT(20)
 FQ_SHIFT_LEFT(21)
 

@@ -31,6 +31,8 @@ typedef __m256i pi;
 #define pi_or _mm256_or_si256
 #define pi_max _mm256_max_epi32
 #define pi_max_unsigned _mm256_max_epu32
+#define pi_max_halves _mm256_max_epi16
+#define pi_max_unsigned_halves _mm256_max_epu16
 #define pi_min _mm256_min_epi32
 #define pi_upper_half(a) _mm256_srli_epi32(a, 16)
 #define pi_shift_right(a, n) _mm256_srai_epi32(a, n) /* copies of the sign come in from the left */

@@ -31,6 +31,8 @@ typedef __m512i pi;
 #define pi_or _mm512_or_si512
 #define pi_max _mm512_max_epi32
 #define pi_max_unsigned _mm512_max_epu32
+#define pi_max_halves _mm512_max_epi16
+#define pi_max_unsigned_halves _mm512_max_epu16
 #define pi_min _mm512_min_epi32
 #define pi_upper_half(a) _mm512_srli_epi32(a, 16)
 #define pi_shift_right(a, n) _mm512_srai_epi32(a, n) /* copies of the sign come in from the left */

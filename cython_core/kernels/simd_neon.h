@@ -31,6 +31,9 @@ typedef int32x4_t pi;
 #define pi_or vorrq_s32
 #define pi_max vmaxq_s32
 #define pi_max_unsigned(a, b) vreinterpretq_s32_u32(vmaxq_u32(vreinterpretq_u32_s32(a), vreinterpretq_u32_s32(b)))
+#define pi_max_halves(a, b) vreinterpretq_s32_s16(vmaxq_s16(vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b)))
+#define pi_max_unsigned_halves(a, b)                                                                                   \
+  vreinterpretq_s32_u16(vmaxq_u16(vreinterpretq_u16_s32(a), vreinterpretq_u16_s32(b)))
 #define pi_min vminq_s32
 #define pi_upper_half(a) vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a), 16))
 #define pi_shift_right vshrq_n_s32 /* copies of the sign come in from the left */

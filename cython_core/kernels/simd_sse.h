@@ -28,6 +28,8 @@ typedef __m128i pi;
 #define pi_or _mm_or_si128
 #define pi_max _mm_max_epi32
 #define pi_max_unsigned _mm_max_epu32
+#define pi_max_halves _mm_max_epi16
+#define pi_max_unsigned_halves _mm_max_epu16
 #define pi_min _mm_min_epi32
 #define pi_upper_half(a) _mm_srli_epi32(a, 16)
 #define pi_shift_right(a, n) _mm_srai_epi32(a, n) /* copies of the sign come in from the left */
@@ -169,4 +171,22 @@ FQ_INLINE uint32_t pack_high_bits_32(const int8_t *codes) {
   const __m128i low = _mm_loadu_si128((const __m128i *)codes), high = _mm_loadu_si128((const __m128i *)(codes + 16));
   const int below = _mm_movemask_epi8(_mm_slli_epi16(low, 3)), above = _mm_movemask_epi8(_mm_slli_epi16(high, 3));
   return (uint32_t)below | (uint32_t)above << 16;
+}
+
+/* a * b + c of two lanes, exact but for its last bit, which is set if anything was cut off: then the next rounding, to
+ * float32, is that of the exact value. The product of two float32 is exact; the sum's error is Knuth's. */
+FQ_INLINE __m128d odd_sum_2(__m128d a, __m128d b, __m128d c) {
+  const __m128d product = _mm_mul_pd(a, b), sum = _mm_add_pd(product, c), rest = _mm_sub_pd(sum, product);
+  const __m128d error = _mm_add_pd(_mm_sub_pd(product, _mm_sub_pd(sum, rest)), _mm_sub_pd(c, rest));
+  const __m128i inexact = _mm_castpd_si128(_mm_cmpneq_pd(error, _mm_setzero_pd()));
+  const __m128i signs = _mm_srai_epi32(_mm_castpd_si128(_mm_xor_pd(error, sum)), 31);
+  const __m128i beyond = _mm_and_si128(_mm_shuffle_epi32(signs, 0xf5), inexact); /* -1 where the sum is too large */
+  const __m128i cut = _mm_add_epi64(_mm_castpd_si128(sum), beyond);
+  return _mm_castsi128_pd(_mm_or_si128(cut, _mm_srli_epi64(inexact, 63)));
+}
+FQ_INLINE pf pf_fma(pf a, pf b, pf c) {
+  const __m128d low = odd_sum_2(_mm_cvtps_pd(a), _mm_cvtps_pd(b), _mm_cvtps_pd(c));
+  const __m128d high = odd_sum_2(_mm_cvtps_pd(_mm_movehl_ps(a, a)), _mm_cvtps_pd(_mm_movehl_ps(b, b)),
+                                 _mm_cvtps_pd(_mm_movehl_ps(c, c)));
+  return _mm_movelh_ps(_mm_cvtpd_ps(low), _mm_cvtpd_ps(high));
 }

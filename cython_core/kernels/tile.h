@@ -117,12 +117,24 @@ FQ_INLINE const float *load_span(const fq_job *job, int64_t begin, int64_t n, fl
   }
 }
 
+/* The span's n weights as they are, of two bytes each, followed by zeros up to a whole step: in place, or in rest. */
+FQ_INLINE const char *halves_span(const fq_job *job, int64_t begin, int64_t n, char *rest) {
+  const char *from = (const char *)job->weights + begin * 2;
+  if (n % FQ_STEP == 0)
+    return from;
+  memcpy(rest, from, (size_t)n * 2);
+  memset(rest + n * 2, 0, (size_t)(round_up(n, FQ_STEP) - n) * 2);
+  return rest;
+}
+
 /* What is known of some weights while their range is sought, a part's lanes each for themselves. Integers order like
  * the magnitudes whose bits they are, infinity and NaN on top: the highest of them is the largest weight, or magnitude
  * if symmetric, unless it is negative; the highest unsigned one is the least weight if it has the sign bit. */
 typedef struct {
   pi high, low;
 } range_part;
+
+enum { FQ_INFINITY_BITS = 0x7f800000, FQ_INFINITY_HALF = 0x7c000000 };
 
 FQ_INLINE range_part range_bits(const float *x, int64_t n, int symmetric) {
   const vi mask = vi_set(symmetric ? INT32_MAX : -1);
@@ -160,6 +172,60 @@ FQ_INLINE range_part range_bits(const float *x, int64_t n, int symmetric) {
   return r;
 }
 
+/* 32 16-bit weights. */
+FQ_INLINE vi halves_at(const char *x) {
+  vi r;
+  memcpy(&r, x, sizeof r);
+  return r;
+}
+
+/* The same of n 16-bit weights (a multiple of 32) as they are: 16-bit floats order as float32 do. The lanes found hold
+ * one in their upper halves. */
+FQ_INLINE range_part range_halves(const char *x, int64_t n, int symmetric) {
+  const vi mask = vi_set(symmetric ? 0x7fff7fff : -1), upper = vi_set(-0x10000);
+  vi high[2], low[2];
+  high[0] = high[1] = low[0] = low[1] = vi_set(0);
+  int64_t i = 0;
+  for (; i + 4 * FQ_LANES <= n; i += 4 * FQ_LANES) {
+    for (int k = 0; k < 2; k++) {
+      const vi bits = vi_and(halves_at(x + i * 2 + k * 4 * FQ_LANES), mask);
+      high[k] = vi_max_halves(high[k], bits);
+      low[k] = vi_max_unsigned_halves(low[k], bits);
+    }
+  }
+  if (i < n) {
+    const vi bits = vi_and(halves_at(x + i * 2), mask);
+    high[0] = vi_max_halves(high[0], bits);
+    low[0] = vi_max_unsigned_halves(low[0], bits);
+  }
+  high[0] = vi_max_halves(high[0], high[1]);
+  range_part r = {vi_fold(vi_max(vi_and(high[0], upper), vi_shift_left_16(high[0]))), pi_set(0)};
+  if (!symmetric) {
+    low[0] = vi_max_unsigned_halves(low[0], low[1]);
+    low[0] = vi_max_unsigned(vi_and(low[0], upper), vi_shift_left_16(low[0]));
+    r.low = low[0].p[0];
+    for (int k = 1; k < FQ_PARTS; k++)
+      r.low = pi_max_unsigned(r.low, low[0].p[k]);
+  }
+  return r;
+}
+
+/* The range of n weights of a dtype (a multiple of 32). */
+FQ_INLINE range_part range_of(const char *x, int64_t n, int symmetric, int dtype) {
+  return dtype == FQ_F32 ? range_bits((const float *)(const void *)x, n, symmetric) : range_halves(x, n, symmetric);
+}
+
+/* 16 positive ends of ranges as bits of float32, of such 16-bit floats in upper halves. */
+FQ_INLINE void widen_ends(int32_t *ends, int dtype) {
+  if (dtype == FQ_F16) {
+    uint16_t halves[FQ_LANES];
+    for (int k = 0; k < FQ_LANES; k++)
+      halves[k] = (uint16_t)(ends[k] >> 16);
+    const vf wide = vf_load_f16((const char *)halves);
+    memcpy(ends, &wide, sizeof wide);
+  }
+}
+
 /* The largest weight, or magnitude, and the magnitude of the least, as far as they lie beyond 0. */
 FQ_INLINE range_part beyond_zero(range_part r) {
   r.high = pi_max(r.high, pi_set(0));
@@ -176,7 +242,8 @@ FQ_INLINE void range_lanes(const float *x, int64_t n, int symmetric, pi *high, p
 
 /* Units of so many weights, one after the other; those past the last one stand for it. */
 typedef struct {
-  const float *x;
+  const char *x;
+  int dtype;
   int64_t unit, units;
   int symmetric;
   const pi *high, *low; /* the parts of each unit, if they are known already */
@@ -186,7 +253,7 @@ FQ_INLINE range_part range_1(const range_source *s, int i) {
   if (s->high)
     return (range_part){s->high[i], s->symmetric ? pi_set(0) : s->low[i]};
   const int64_t unit = i < s->units ? i : s->units - 1;
-  return range_bits(s->x + unit * s->unit, s->unit, s->symmetric);
+  return range_of(s->x + unit * s->unit * fq_dtype_bytes[s->dtype], s->unit, s->symmetric, s->dtype);
 }
 
 /* Two parts of which every second so many lanes belong to the same units become one, without going through memory. */
@@ -210,13 +277,15 @@ FQ_MERGE(8, 4)
 FQ_MERGE(16, 8)
 #endif
 
-/* The ranges of units of so many weights, one after the other, at most 16 at a time; the highest of them all. */
-FQ_INLINE int32_t range_units(const float *x, int64_t unit, int64_t units, int symmetric, int32_t *high, int32_t *low) {
+/* The ranges of units of so many weights of a dtype (of 16 bits: a multiple of 32), one after the other, at most 16 at
+ * a time; the highest of them all. */
+FQ_INLINE int32_t range_units_of(const void *x, int dtype, int64_t unit, int64_t units, int symmetric, int32_t *high,
+                                 int32_t *low) {
   pi highs[FQ_LANES], lows[FQ_LANES];
-  range_source s = {x, unit, units, symmetric, NULL, NULL};
+  range_source s = {x, dtype, unit, units, symmetric, NULL, NULL};
   if (unit == FQ_BLOCK) {
     s.unit = FQ_BLOCK; /* for the compiler */
-  } else if (unit == FQ_LANES) {
+  } else if (unit == FQ_LANES && dtype == FQ_F32) {
     s.unit = FQ_LANES;
   } else {
     for (int i = 0; i < FQ_LANES && i < units; i++) {
@@ -240,10 +309,14 @@ FQ_INLINE int32_t range_units(const float *x, int64_t unit, int64_t units, int s
       all = pi_max(all, r.low);
     }
   }
-  return pi_highest(all);
+  widen_ends(high, dtype);
+  if (!symmetric)
+    widen_ends(low, dtype);
+  return dtype == FQ_F16 && pi_highest(all) >= FQ_INFINITY_HALF ? FQ_INFINITY_BITS : pi_highest(all);
 }
-
-enum { FQ_INFINITY_BITS = 0x7f800000 };
+FQ_INLINE int32_t range_units(const float *x, int64_t unit, int64_t units, int symmetric, int32_t *high, int32_t *low) {
+  return range_units_of(x, FQ_F32, unit, units, symmetric, high, low);
+}
 
 /* Remember the first weight of the span that is not finite, if there is one. */
 FQ_INLINE void note_bad(const float *x, int64_t begin, int64_t n, fq_result *result) {
@@ -252,6 +325,16 @@ FQ_INLINE void note_bad(const float *x, int64_t begin, int64_t n, fq_result *res
     memcpy(&bits, x + i, sizeof bits);
     if ((bits & 0x7fffffff) >= FQ_INFINITY_BITS)
       result->first_bad = begin + i;
+  }
+}
+
+/* The same of weights that were not converted. */
+static __attribute__((noinline)) void note_bad_weights(const fq_job *job, int64_t begin, int64_t end,
+                                                       fq_result *result) {
+  _Alignas(64) float buffer[FQ_SPAN];
+  for (int64_t at = begin; at < end && result->first_bad < 0; at += FQ_SPAN) {
+    const int64_t n = end - at < FQ_SPAN ? end - at : FQ_SPAN;
+    note_bad(load_span(job, at, n, buffer), at, n, result);
   }
 }
 
@@ -264,63 +347,80 @@ FQ_INLINE double add_lanes(vf a) {
   return sum;
 }
 
-/* The same sums in float64 lanes, for spans whose squares leave the range of float32, or hold a NaN. */
-static __attribute__((noinline)) int32_t measure_wide(const float *x, const float *y, int64_t n, double sums[3]) {
-  double lanes[3][FQ_LANES] = {{0}};
-  int32_t largest = 0;
+/* Quality sums are made in so many lanes, two vectors: one alone would wait for its own last addition. */
+enum { FQ_SUM_LANES = 2 * FQ_LANES };
+
+/* Lanes added up: the upper half of them to the lower one, until one is left. */
+#define FQ_FOLD(type)                                                                                                  \
+  FQ_INLINE type fold_##type(type *lanes, int count) {                                                                 \
+    for (int half = count / 2; half > 0; half /= 2)                                                                    \
+      for (int k = 0; k < half; k++)                                                                                   \
+        lanes[k] += lanes[k + half];                                                                                   \
+    return lanes[0];                                                                                                   \
+  }
+FQ_FOLD(float)
+FQ_FOLD(double)
+
+/* The sums in float64, for spans whose squares leave the range of float32, or hold a NaN. */
+static __attribute__((noinline)) void sum_wide(const float *x, const float *y, int64_t n, double sums[3]) {
+  double lanes[3][FQ_SUM_LANES] = {{0}};
   for (int64_t i = 0; i < n; i++) {
     float a, b;
     memcpy(&a, x + i, sizeof a);
     memcpy(&b, y + i, sizeof b);
     const float error = b - a;
     const double v = (double)a, e = (double)error;
-    int32_t bits;
-    memcpy(&bits, &error, sizeof bits);
-    bits &= INT32_MAX;
-    largest = bits > largest ? bits : largest;
-    lanes[0][i % FQ_LANES] += v * v;
-    lanes[1][i % FQ_LANES] += e * e;
-    lanes[2][i % FQ_LANES] += v * e;
+    lanes[0][i % FQ_SUM_LANES] += v * v;
+    lanes[1][i % FQ_SUM_LANES] += e * e;
+    lanes[2][i % FQ_SUM_LANES] += v * e;
   }
-  for (int s = 0; s < 3; s++) {
-    sums[s] = lanes[s][0];
-    for (int k = 1; k < FQ_LANES; k++)
-      sums[s] += lanes[s][k];
+  for (int s = 0; s < 3; s++)
+    sums[s] = fold_double(lanes[s], FQ_SUM_LANES);
+}
+
+/* The running sums of every second vector, with one rounding for each product and addition. */
+typedef struct {
+  vf x2, e2, xe;
+} sum_lanes;
+
+FQ_INLINE pi add_vector(const float *x, const float *y, sum_lanes *s, pi largest) {
+  FQ_EACH {
+    const pf v = pf_load(x + k * FQ_PART), e = pf_sub(pf_load(y + k * FQ_PART), v);
+    s->x2.p[k] = pf_fma(v, v, s->x2.p[k]);
+    s->e2.p[k] = pf_fma(e, e, s->e2.p[k]);
+    s->xe.p[k] = pf_fma(v, e, s->xe.p[k]);
+    largest = pi_max(largest, pi_and(pf_bits(e), pi_set(INT32_MAX)));
   }
   return largest;
 }
 
-/* The root of a square. It is the number itself that was squared, if that has not lost digits to underflow. */
-enum { FQ_WHOLE_SQUARE_BITS = 0x00800000 };
-FQ_INLINE int32_t root_bits(int32_t bits) {
-  const vf root = vf_sqrt(vi_float(vi_set(bits)));
-  return vi_highest(vf_bits(root));
+FQ_INLINE double add_sums(vf even, vf odd) {
+  float lanes[FQ_LANES];
+  vf_store(lanes, vf_add(even, odd));
+  return (double)fold_float(lanes, FQ_LANES);
 }
 
 /* Add the quality sums of one span: n weights x (a multiple of 16, zeros at the end) and their dequantized y. */
 FQ_INLINE void measure(const float *x, const float *y, int64_t n, fetcher *next, fq_result *result) {
-  vf x2 = vf_set(0), e2 = x2, xe = x2;
-  vi largest = vi_set(0); /* of the squares: the root of a rounded square is the number itself */
-  for (int64_t i = 0; i < n; i += FQ_LANES) {
+  sum_lanes even = {vf_set(0), vf_set(0), vf_set(0)}, odd = even;
+  pi largest = pi_set(0);
+  int64_t i = 0;
+  for (; i + 2 * FQ_LANES <= n; i += 2 * FQ_LANES) {
     if (i % (4 * FQ_LANES) == 0)
       fetch_vectors(next, 1);
-    const vf v = vf_load(x + i), e = vf_sub(vf_load(y + i), v), square = vf_mul(e, e);
-    x2 = vf_add(x2, vf_mul(v, v));
-    e2 = vf_add(e2, square);
-    xe = vf_add(xe, vf_mul(v, e));
-    largest = vi_max(largest, vf_bits(square));
+    largest = add_vector(x + i, y + i, &even, largest);
+    largest = add_vector(x + i + FQ_LANES, y + i + FQ_LANES, &odd, largest);
   }
-  double sums[3] = {add_lanes(x2), add_lanes(e2), add_lanes(xe)}, unused[3];
-  int32_t bits = vi_highest(largest), known;
+  if (i < n)
+    largest = add_vector(x + i, y + i, &even, largest);
+  double sums[3] = {add_sums(even.x2, odd.x2), add_sums(even.e2, odd.e2), add_sums(even.xe, odd.xe)};
   if (!(sums[0] > 0x1p-80 && sums[0] < 0x1p100 && sums[1] < 0x1p100))
-    bits = measure_wide(x, y, n, sums);
-  else if (bits < FQ_WHOLE_SQUARE_BITS)
-    bits = measure_wide(x, y, n, unused);
-  else
-    bits = root_bits(bits);
+    sum_wide(x, y, n, sums);
   result->sum_x2 += sums[0];
   result->sum_e2 += sums[1];
   result->sum_xe += sums[2];
+  const int32_t bits = pi_highest(largest);
+  int32_t known;
   memcpy(&known, &result->max_error, sizeof known);
   if (bits > known)
     memcpy(&result->max_error, &bits, sizeof bits);

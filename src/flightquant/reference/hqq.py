@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flightquant.reference import integer, quality
-from flightquant.reference.numeric import F32, widen
+from flightquant.reference.numeric import F32, LANES, widen
 from flightquant.schemes import LayerSpec
 
 NARROW = np.float32(1e-4)
@@ -118,13 +118,13 @@ def row_means(values: F32) -> F32:
 
 
 def mean_magnitude(errors: F32) -> np.float32:
-    """The mean of all magnitudes, added up in the order of the quality columns, rounded to float32."""
+    """The mean of all magnitudes, added up in the quality columns' spans and tiles, rounded to float32."""
     flat = np.abs(errors).reshape(-1)
     total = np.float64(0)
     for _, _, spans in quality.bounds(flat.size, errors.shape[1]):
         tile = np.float64(0)
         for begin, end in spans:
-            lanes = np.add.accumulate(flat[begin:end].reshape(-1, quality.LANES), axis=0)[-1]
+            lanes = np.add.accumulate(flat[begin:end].reshape(-1, LANES), axis=0)[-1]
             tile += np.add.accumulate(lanes.astype(np.float64))[-1]
         total += tile
     return np.float32(total / flat.size)

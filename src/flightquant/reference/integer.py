@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flightquant.reference import quality
-from flightquant.reference.numeric import EPS, F32, round_saturating, round_to, widen
+from flightquant.reference.numeric import EPS, F32, LANES, round_saturating, round_to, widen
 from flightquant.schemes import LayerSpec
 
 Codes = npt.NDArray[np.int8]
@@ -74,7 +74,8 @@ def best_shrinks(groups: F32, spec: LayerSpec, dtype: str, unit: int, importance
 
     The errors of a factor are those of the codes ``rint(clip(x * (1 / scale) + zero))``, in float32 whatever the
     dtype, the inverse being no more than the largest float32. Their squares, times the importance, are added up as
-    those of the quality columns: 16 float32 lanes over a span, lanes in float64, spans, tiles.
+    those of the quality columns, but in 16 float32 lanes over a span, rounded and added one after the other, and the
+    lanes in float64 in their order.
 
     Parameters
     ----------
@@ -107,7 +108,7 @@ def best_shrinks(groups: F32, spec: LayerSpec, dtype: str, unit: int, importance
 
 def _in_lanes(terms: F32) -> npt.NDArray[np.float64]:
     """Sums over the last axis: each of 16 lanes in float32 from the first on, then the lanes in float64."""
-    lanes = quality.LANES
+    lanes = LANES
     padded = np.zeros((*terms.shape[:-1], -(-terms.shape[-1] // lanes) * lanes), np.float32)
     padded[..., : terms.shape[-1]] = terms
     sums = np.add.accumulate(padded.reshape(*terms.shape[:-1], -1, lanes), axis=-2)[..., -1, :]

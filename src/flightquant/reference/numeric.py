@@ -9,6 +9,9 @@ import numpy.typing as npt
 
 F32 = npt.NDArray[np.float32]
 
+LANES = 16
+"""In so many float32 lanes the errors of a search are added up."""
+
 EPS = {"float32": np.float32(2.0**-23), "float16": np.float32(2.0**-10), "bfloat16": np.float32(2.0**-7)}
 """``torch.finfo(dtype).eps``."""
 MAX: dict[str, np.float32] = {
@@ -44,3 +47,20 @@ def round_saturating(values: F32, dtype: str) -> F32:
     if dtype == "float32":
         return values
     return round_to(np.clip(values, -MAX[dtype], MAX[dtype]), dtype)
+
+
+def fused(a: F32, b: F32, c: F32) -> F32:
+    """``a * b + c`` with one rounding, as the processors' fused multiply-add.
+
+    The product is exact in float64. The sum, where it is not, becomes the neighbour whose last bit is set, which lies
+    on the same side of every float32 and of every tie between two (rounding to odd: Boldo and Melquiond, 2008).
+    """
+    with np.errstate(all="ignore"):
+        product, addend = a.astype(np.float64) * b, c.astype(np.float64)
+        total = product + addend
+        rest = total - product
+        error = (product - (total - rest)) + (addend - rest)
+        beyond = np.signbit(error) != np.signbit(total)
+        bits = total.view(np.int64)
+        odd = np.where(np.isfinite(total) & (error != 0), (bits - beyond) | 1, bits)
+        return odd.view(np.float64).astype(np.float32)

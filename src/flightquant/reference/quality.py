@@ -1,8 +1,9 @@
 """The quality columns: signal-to-noise ratio, cosine and largest error of dequantized against given weights.
 
 Sums are made in an order that depends on the layer's shape alone, so that they are the same bits on every instruction
-set and for every number of threads: 16 float32 lanes over a *span* of at most 2048 weights, lanes added in float64 in
-their order, spans added up to a *tile* of about 65536 weights, tiles added up to the layer. A span never crosses a
+set and for every number of threads: 32 float32 lanes over a *span* of at most 2048 weights, each product added to its
+lane with one rounding, the upper half of the lanes added to the lower one until one is left, spans added up in float64
+to a *tile* of about 65536 weights, tiles added up to the layer. A span never crosses a
 group or row (a *unit*) that is longer than it, nor one that is no multiple of 32 weights. Where scales cover blocks of
 128x128 weights, a tile is a strip of 128 rows, and its spans are the rows' pieces of 512 weights, column by column.
 """
@@ -15,11 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flightquant.reference.numeric import F32
+from flightquant.reference.numeric import F32, fused
 
 SPAN = 2048
 TILE = 65536
-LANES = 16
+LANES = 32
 STRIP_ROWS, STRIP_COLS = 128, 512
 # Squares of float32 lanes are trusted while their sum stays in this range; else the span is summed in float64.
 SUM_LOW, SUM_HIGH = 2.0**-80, 2.0**100
@@ -67,26 +68,33 @@ def strips(rows: int, cols: int) -> list[Tile]:
     return tiles
 
 
-def _lane_sums(xs: npt.NDArray[Any], error: npt.NDArray[Any]) -> Sums:
-    """The three sums of arrays of shape (steps, LANES), each lane in its own dtype and from the first step on."""
-    products = np.stack([xs * xs, error * error, xs * error], axis=1)
-    lanes = np.add.accumulate(products, axis=0)[-1]
-    sums: Sums = np.add.accumulate(lanes.astype(np.float64), axis=1)[:, -1]
-    return sums
+def _fold(lanes: npt.NDArray[Any]) -> Sums:
+    """Lanes, along the last axis, added up in their own dtype: the upper half to the lower one, until one is left."""
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    folded: Sums = lanes[..., 0].astype(np.float64)
+    return folded
 
 
-def _span_sums(x: F32, y: F32) -> tuple[Sums, np.float32]:
-    """(sum x^2, sum e^2, sum x*e) and the largest |e| of one span, e = y - x."""
-    size = -(-x.size // LANES) * LANES
-    padded = np.zeros((2, size), np.float32)
-    padded[0, : x.size], padded[1, : y.size] = x, y
-    xs, ys = padded.reshape(2, -1, LANES)
+def _span_sums(x: F32, y: F32, spans: list[tuple[int, int]]) -> tuple[Sums, np.float32]:
+    """(sum x^2, sum e^2, sum x*e), e = y - x, of each span, of shape (spans, 3), and the largest |e| of them all."""
+    steps = -(-max(end - begin for begin, end in spans) // LANES)
+    padded = np.zeros((2, len(spans), steps * LANES), np.float32)
+    for row, (begin, end) in enumerate(spans):
+        padded[0, row, : end - begin], padded[1, row, : end - begin] = x[begin:end], y[begin:end]
+    xs, ys = np.moveaxis(padded.reshape(2, len(spans), steps, LANES), 2, 1)
     with np.errstate(all="ignore"):
         error = ys - xs
-        sums = _lane_sums(xs, error)
-        if not SUM_LOW < sums[0] < SUM_HIGH or not sums[1] < SUM_HIGH:
-            sums = _lane_sums(xs.astype(np.float64), error.astype(np.float64))
-    magnitude = np.abs(error).view(np.uint32).max() if error.size else np.uint32(0)
+        factors = np.stack([np.stack([xs, xs]), np.stack([error, error]), np.stack([xs, error])])
+        lanes = np.zeros((3, len(spans), LANES), np.float32)
+        for step in range(steps):
+            lanes = fused(factors[:, 0, step], factors[:, 1, step], lanes)
+        sums = _fold(lanes).T
+        outside = ~((sums[:, 0] > SUM_LOW) & (sums[:, 0] < SUM_HIGH) & (sums[:, 1] < SUM_HIGH))
+        wide = factors[..., outside, :].astype(np.float64)
+        sums[outside] = _fold(np.add.accumulate(wide[:, 0] * wide[:, 1], axis=1)[:, -1]).T
+    magnitude = np.abs(error).view(np.uint32).max()
     return sums, np.uint32(magnitude).view(np.float32)
 
 
@@ -97,11 +105,9 @@ def sums(x: F32, y: F32, unit: int, tiles: list[Tile] | None = None) -> Sums:
     """
     total = np.zeros(4)
     for _, _, spans in bounds(x.size, unit) if tiles is None else tiles:
-        tile = np.zeros(3)
-        for begin, end in spans:
-            part, largest = _span_sums(x[begin:end], y[begin:end])
-            tile += part
-            total[3] = largest if np.isnan(largest) or largest > total[3] else total[3]
+        parts, largest = _span_sums(x, y, spans)
+        tile = np.add.accumulate(parts, axis=0)[-1]
+        total[3] = largest if np.isnan(largest) or largest > total[3] else total[3]
         total[:3] += tile
     return total
 
