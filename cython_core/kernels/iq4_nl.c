@@ -26,7 +26,7 @@ FQ_INLINE void sums_of(const fq_rows *r, vf inverse, vf *qx, vf *q2) {
 FQ_INLINE vf search_blocks(const fq_rows *r) {
   const vf zero = vf_set(0);
   vf some, qx, q2;
-  const vf extreme = extreme_of(r, FQ_BLOCK, &some);
+  const vf extreme = extreme_of(r, FQ_BLOCK, 1, &some);
   sums_of(r, vf_div(vf_set(1), vf_div(negated(extreme), vf_set(values[0]))), &qx, &q2);
   vf scale = vf_where_less(zero, q2, vf_div(qx, q2), zero), best = vf_mul(scale, qx);
   for (int i = -7; i <= 7; i++) {

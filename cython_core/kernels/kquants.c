@@ -24,11 +24,12 @@ static const k_format q5_k = {FQ_Q5_K, 5, 32, 176, 0, 63, SEARCHED(31, -0.5f, 0.
 static const k_format q6_k = {.family = FQ_Q6_K, .bits = 6, .sub = 16, .bytes = 210, .head = 208};
 
 typedef struct {
-  _Alignas(64) float scale[SUBS], least[SUBS];            /* as the search found them */
-  _Alignas(64) float inverse[SUBS], origin[SUBS];         /* what makes the search's codes */
-  _Alignas(64) float sum_w[SUBS];                         /* what errors count in all */
-  _Alignas(64) float divisor[SUBS], offset[SUBS];         /* scale and minimum as stored */
-  _Alignas(64) float code[SUBS / FQ_LANES][16][FQ_LANES]; /* the search's codes themselves, of q3_k without weights */
+  _Alignas(64) float scale[SUBS], least[SUBS];    /* as the search found them */
+  _Alignas(64) float inverse[SUBS], origin[SUBS]; /* what makes the search's codes */
+  _Alignas(64) float sum_w[SUBS];                 /* what errors count in all */
+  _Alignas(64) float divisor[SUBS], offset[SUBS]; /* scale and minimum as stored */
+  _Alignas(64) float code[SUBS][FQ_LANES]; /* of q3_k's sub-blocks in moved: codes that no inverse makes, from 0 */
+  uint32_t moved[SUBS / FQ_LANES];         /* a bit for each */
 } span_search;
 
 /* Rounded to float16 and stored; a NaN has its sign bit set, as what x86 makes has. */
@@ -133,21 +134,25 @@ FQ_INLINE void search_span(const fq_job *job, const k_format *f, int weighted, c
   }
 }
 
-/* The same for q3_k without weights. */
-FQ_INLINE void descend_span(const fq_job *job, const float *x, int64_t n, span_search *s) {
-  const int64_t subs = n / q3_k.sub;
-  for (int64_t first = 0; first < subs; first += FQ_SIDE * FQ_LANES) {
-    fq_rows r[FQ_SIDE];
-    fq_found found[FQ_SIDE];
-    for (int64_t k = 0; k < FQ_SIDE; k++) {
-      const int64_t begin = first + k * FQ_LANES < subs ? first + k * FQ_LANES : subs, rows = subs - begin;
-      take_rows(r + k, x + begin * q3_k.sub, rows < FQ_LANES ? rows : FQ_LANES, q3_k.sub);
-      weigh_rows(job, &q3_k, r + k, 0, 0, NULL);
-    }
-    descend_signed(r, q3_k.sub, 4, found);
-    for (int64_t k = 0; k < FQ_SIDE; k++) {
-      memcpy(s->code[first / FQ_LANES + k], r[k].code, sizeof s->code[0]);
-      keep_found(s, first + k * FQ_LANES, found[k]);
+/* The same for q3_k without weights: few sub-blocks go beyond their plain codes, those one at a time. */
+FQ_INLINE void descend_span(const float *x, int64_t n, span_search *s) {
+  const int64_t subs = n / FQ_LANES;
+  _Alignas(64) float lx[SUBS], l2[SUBS];
+  for (int64_t first = 0; first < subs; first += FQ_LANES) {
+    fq_rows r;
+    vf inverse;
+    take_rows(&r, x + first * FQ_LANES, subs - first < FQ_LANES ? subs - first : FQ_LANES, FQ_LANES);
+    const fq_descent d = begin_descent(&r, FQ_LANES, 4, &inverse);
+    s->moved[first / FQ_LANES] = may_move(&r, FQ_LANES, 4, &d);
+    vf_store(s->inverse + first, inverse);
+    vf_store(s->scale + first, scale_of(&d));
+    vf_store(lx + first, d.lx);
+    vf_store(l2 + first, d.l2);
+  }
+  for (int64_t first = 0; first < subs; first += FQ_LANES) {
+    for (uint32_t left = s->moved[first / FQ_LANES]; left; left &= left - 1) {
+      const int64_t k = first + __builtin_ctz(left);
+      s->scale[k] = descend_row(x + k * FQ_LANES, s->inverse[k], 4, lx[k], l2[k], s->code[k]);
     }
   }
 }
@@ -225,15 +230,14 @@ FQ_INLINE void store_scales(const k_format *f, int weighted, int64_t blocks, spa
   }
 }
 
-/* The scale of largest magnitude of 16, the first of several; 0 if there is none. */
+/* The scale of largest magnitude of a block's 16, the first of several; 0 if there is none but NaN. */
 FQ_INLINE float first_largest(const float *scales) {
-  float largest = 0, found = 0;
-  for (int i = 0; i < 16; i++)
-    if (fabsf(scales[i]) > largest) {
-      largest = fabsf(scales[i]);
-      found = scales[i];
-    }
-  return found;
+  const vf size = magnitude(vf_load(scales)), zero = vf_set(0);
+  const int32_t highest = vi_highest(vf_bits(vf_where_less(zero, size, size, zero)));
+  float largest;
+  memcpy(&largest, &highest, sizeof largest);
+  const uint32_t those = vf_bits_less(zero, size) & ~vf_bits_less(size, vf_set(largest));
+  return those ? scales[__builtin_ctz(those)] : 0;
 }
 
 FQ_INLINE void store_scales_q3(int weighted, int64_t blocks, span_search *s, uint8_t *to) {
@@ -248,37 +252,38 @@ FQ_INLINE void store_scales_q3(int weighted, int64_t blocks, span_search *s, uin
   for (int64_t b = 0; b < blocks; b++, to += q3_k.bytes) {
     const float *scales = s->scale + b * 16, largest = first_largest(scales);
     const int none = weighted ? fabsf(largest) < fq_nothing : largest == 0;
-    uint8_t steps[16];
+    int32_t steps[FQ_LANES];
     if (!weighted) {
       inverse[b] = none ? 0 : -32 / largest;
       unit[b] = none ? 0 : 1 / inverse[b];
     }
-    for (int i = 0; i < 16; i++) {
-      int32_t step = nearest_one(inverse[b] * scales[i]);
-      if (!weighted)
-        step = (int8_t)step;
-      steps[i] = none ? 0 : (uint8_t)((step < -32 ? -32 : step > 31 ? 31 : step) + 32);
-    }
+    vi step = nearest_any(vf_mul(vf_set(inverse[b]), vf_load(scales)));
+    if (!weighted) /* as a signed byte */
+      step = vi_sub(vi_xor(vi_and(step, vi_set(255)), vi_set(128)), vi_set(128));
+    step = none ? vi_set(-32) : vi_min(vi_max(step, vi_set(-32)), vi_set(31));
     const float d = store_half(to + q3_k.head, unit[b]);
+    vf_store(s->divisor + b * 16, vf_mul(vf_set(d), vi_convert(step)));
+    step = vi_add(step, vi_set(32));
+    memcpy(steps, &step, sizeof steps);
     for (int i = 0; i < 8; i++)
       to[96 + i] = (uint8_t)((steps[i] & 15) | (steps[i + 8] & 15) << 4);
     for (int i = 0; i < 4; i++)
       to[104 + i] =
           (uint8_t)(steps[i] >> 4 | steps[i + 4] >> 4 << 2 | steps[i + 8] >> 4 << 4 | steps[i + 12] >> 4 << 6);
-    for (int i = 0; i < 16; i++)
-      s->divisor[b * 16 + i] = d * (float)(steps[i] - 32);
   }
 }
 
 FQ_INLINE void store_scales_q6(int64_t blocks, span_search *s, uint8_t *to) {
   for (int64_t b = 0; b < blocks; b++, to += q6_k.bytes) {
-    const float largest = first_largest(s->scale + b * 16);
+    const float *scales = s->scale + b * 16, largest = first_largest(scales);
     const int none = fabsf(largest) < fq_nothing;
     const float inverse = none ? 0 : -128 / largest;
     const float d = store_half(to + q6_k.head, none ? 0 : 1 / inverse);
+    const vi step = none ? vi_set(0) : vi_min(nearest_any(vf_mul(vf_set(inverse), vf_load(scales))), vi_set(127));
+    int32_t steps[FQ_LANES];
+    memcpy(steps, &step, sizeof steps);
     for (int i = 0; i < 16; i++) {
-      const int32_t step = none ? 0 : nearest_one(inverse * s->scale[b * 16 + i]);
-      const int8_t stored = (int8_t)(step > 127 ? 127 : step);
+      const int8_t stored = (int8_t)steps[i];
       memcpy(to + 192 + i, &stored, 1);
       s->divisor[b * 16 + i] = d * (float)stored;
       if (none)
@@ -288,7 +293,7 @@ FQ_INLINE void store_scales_q6(int64_t blocks, span_search *s, uint8_t *to) {
 }
 
 /* Codes of 16 weights of one sub-block, those for the stored scale; where that came out as 0, the search's own. */
-FQ_INLINE vi codes_of(const k_format *f, int weighted, const span_search *s, vf x, int64_t sub, int64_t within) {
+FQ_INLINE vi codes_of(const k_format *f, int weighted, const span_search *s, vf x, int64_t sub) {
   const int middle = f->levels ? 0 : 1 << (f->bits - 1);
   const vi low = vi_set(-middle), high = vi_set((1 << f->bits) - 1 - middle);
   const float divisor = s->divisor[sub];
@@ -298,13 +303,12 @@ FQ_INLINE vi codes_of(const k_format *f, int weighted, const span_search *s, vf 
     code = nearest_any(vf_div(moved, vf_set(divisor)));
   } else if (f->levels) {
     code = nearest_any(vf_mul(vf_set(s->inverse[sub]), vf_sub(x, vf_set(s->origin[sub]))));
+  } else if (f->family == FQ_Q3_K && !weighted && s->moved[sub / FQ_LANES] >> sub % FQ_LANES & 1) {
+    code = vf_truncate(vf_load(s->code[sub]));
   } else if (s->inverse[sub] != 0) {
     code = nearest_any(vf_mul(vf_set(s->inverse[sub]), x));
-  } else { /* no code was searched for, or each by itself */
-    _Alignas(64) float codes[FQ_LANES] = {0};
-    for (int i = 0; f->family == FQ_Q3_K && !weighted && i < FQ_LANES; i++)
-      codes[i] = s->code[sub / FQ_LANES][within + i][sub % FQ_LANES];
-    return vf_truncate(vf_load(codes));
+  } else { /* no code was searched for */
+    return vi_set(0);
   }
   return vi_add(vi_min(vi_max(code, low), high), vi_set(middle));
 }
@@ -359,7 +363,7 @@ FQ_INLINE void quantize_blocks(const fq_job *job, const k_format *f, int weighte
     if (pi_highest(high) >= FQ_INFINITY_BITS)
       note_bad(x, at, n, result);
     if (f->family == FQ_Q3_K && !weighted)
-      descend_span(job, x, n, &s);
+      descend_span(x, n, &s);
     else
       search_span(job, f, weighted, x, at, n, &s);
     if (f->levels)
@@ -373,7 +377,7 @@ FQ_INLINE void quantize_blocks(const fq_job *job, const k_format *f, int weighte
       fetch_step(&next, measured);
       for (int v = 0; v < FQ_STEP / FQ_LANES; v++) {
         const int64_t j = i + v * FQ_LANES, sub = j / f->sub;
-        code[v] = codes_of(f, weighted, &s, vf_load(x + j), sub, j % f->sub);
+        code[v] = codes_of(f, weighted, &s, vf_load(x + j), sub);
         if (!measured)
           continue;
         const vf steps = vi_convert(vi_sub(code[v], vi_set(middle))), scaled = vf_mul(vf_set(s.divisor[sub]), steps);

@@ -39,14 +39,20 @@ FQ_INLINE vf nearest_within(vf a, float low, float high, int known) {
   return vf_sub(vf_add(held, vf_set(fq_magic)), vf_set(fq_magic));
 }
 
-/* Take 16 rows, or fewer followed by zeros, of so many consecutive weights each. */
+/* Take 16 rows, or fewer followed by zeros, of so many consecutive weights each, a multiple of 4. */
 FQ_INLINE void take_rows(fq_rows *r, const float *x, int64_t rows, int length) {
-  for (int64_t k = 0; k < FQ_LANES; k++)
-    for (int i = 0; i < length; i++) {
-      float value = 0;
-      if (k < rows)
-        memcpy(&value, x + k * length + i, sizeof value);
-      r->x[i][k] = value;
+  float padded[FQ_LANES * FQ_ROW];
+  if (rows < FQ_LANES) {
+    memset(padded, 0, sizeof padded);
+    memcpy(padded, (const char *)x, (size_t)(rows * length) * sizeof(float));
+    x = padded;
+  }
+  for (int i = 0; i < length; i += 4)
+    for (int k = 0; k < FQ_LANES; k += FQ_PART) {
+      pf columns[4];
+      pf_load_columns(x + k * length + i, length, columns);
+      for (int j = 0; j < 4; j++)
+        pf_store(r->x[i + j] + k, columns[j]);
     }
 }
 
@@ -146,13 +152,19 @@ FQ_INLINE fq_found search_minimum(fq_rows *r, int length, const fq_trials *t) {
   return found;
 }
 
-/* The value of largest magnitude of each row, the first of several; 1 where the row counts as zero, and 0 in *some. */
-FQ_INLINE vf extreme_of(const fq_rows *r, int length, vf *some) {
+/* The value of largest magnitude of each row, the first of several; 1 where the row counts as zero, and 0 in *some.
+ * Known: the elements are finite. NaN does not count. */
+FQ_INLINE vf extreme_of(const fq_rows *r, int length, int known, vf *some) {
   vf extreme = vf_set(0), largest = extreme;
   for (int i = 0; i < length; i++) {
     const vf x = vf_load(r->x[i]), size = magnitude(x);
-    extreme = vf_where_less(largest, size, x, extreme);
-    largest = vf_where_less(largest, size, size, largest);
+    if (!known)
+      extreme = vf_where_less(largest, size, x, extreme);
+    largest = known ? vf_max(largest, size) : vf_where_less(largest, size, size, largest);
+  }
+  for (int i = length - 1; known && i >= 0; i--) {
+    const vf x = vf_load(r->x[i]);
+    extreme = vf_where_less(magnitude(x), largest, extreme, x);
   }
   *some = vf_where_less(largest, vf_set(fq_nothing), vf_set(0), vf_set(1));
   return vf_where_zero(*some, vf_set(1), extreme);
@@ -171,7 +183,7 @@ FQ_INLINE void sums_around(const fq_rows *r, int length, vf inverse, float middl
 /* A scale for codes from -middle to middle - 1: ggml's make_qx_quants. Known: the elements are finite. */
 FQ_INLINE fq_found search_signed(fq_rows *r, int length, float middle, int known) {
   vf some, lx, l2;
-  const vf extreme = extreme_of(r, length, &some), zero = vf_set(0);
+  const vf extreme = extreme_of(r, length, known, &some), zero = vf_set(0);
   for (int i = 0; i < length; i++)
     vf_store(r->code[i], vf_mul(vf_load(r->w[i]), vf_load(r->x[i])));
   fq_found found = {.inverse = vf_div(vf_set(-middle), extreme), .least = zero, .origin = zero};
@@ -195,69 +207,91 @@ FQ_INLINE fq_found search_signed(fq_rows *r, int length, float middle, int known
   return found;
 }
 
-/* One step of the descent: what becomes of element i's code. */
+/* ggml's make_q3_quants, with weights w = x^2: plain codes, counted from 0, then each moved in turn, up to five times,
+ * where that helps. */
 typedef struct {
   vf lx, l2; /* sums of w * x * code and w * code^2 */
-  vi changes;
 } fq_descent;
 
-FQ_INLINE void move_code(fq_rows *r, int i, float middle, fq_descent *d) {
-  const vf zero = vf_set(0), x = vf_load(r->x[i]), w = vf_load(r->w[i]), code = vf_load(r->code[i]);
-  const vf wx = vf_mul(w, x);
-  const vf lx = vf_sub(d->lx, vf_mul(wx, code)), l2 = vf_sub(d->l2, vf_mul(vf_mul(w, code), code));
-  const vf moved = nearest_within(vf_div(vf_mul(x, l2), lx), -middle, middle - 1, 0);
-  const vf new_lx = vf_add(lx, vf_mul(wx, moved)), new_l2 = vf_add(l2, vf_mul(vf_mul(w, moved), moved));
-  const vf old_gain = vf_mul(vf_mul(d->lx, d->lx), new_l2);
-  vf gain = vf_mul(vf_mul(new_lx, new_lx), d->l2);
-  gain = vf_where_less(zero, lx, gain, vf_set(-INFINITY));
-  gain = vf_where_less(zero, new_l2, gain, vf_set(-INFINITY));
-  gain = vf_where_zero(vf_sub(moved, code), vf_set(-INFINITY), gain);
-  const vf kept = vf_where_less(old_gain, gain, moved, code);
-  vf_store(r->code[i], kept);
-  d->changes = vi_or(d->changes, vi_xor(vf_bits(kept), vf_bits(code)));
-  d->lx = vf_where_less(old_gain, gain, new_lx, d->lx);
-  d->l2 = vf_where_less(old_gain, gain, new_l2, d->l2);
+/* The plain codes, left in r->code, and their sums; r->w takes what each element adds to lx. */
+FQ_INLINE fq_descent begin_descent(fq_rows *r, int length, float middle, vf *inverse) {
+  vf some;
+  const vf extreme = extreme_of(r, length, 1, &some);
+  *inverse = vf_where_zero(some, vf_set(0), vf_div(vf_set(-middle), extreme));
+  fq_descent d = {vf_set(0), vf_set(0)};
+  for (int i = 0; i < length; i++) {
+    const vf x = vf_load(r->x[i]), w = vf_mul(x, x);
+    const vf code = nearest_within(vf_mul(*inverse, x), -middle, middle - 1, 1), share = vf_mul(vf_mul(w, x), code);
+    vf_store(r->code[i], code);
+    vf_store(r->w[i], share);
+    d.lx = vf_add(d.lx, share);
+    d.l2 = vf_add(d.l2, vf_mul(vf_mul(w, code), code));
+  }
+  return d;
 }
 
-/* The same with every code moved in turn, up to five times, where that helps: ggml's make_q3_quants. The codes, counted
- * from 0, are left in r->code; all 0 where the row counts as zero. Each step waits for a division in the one before:
- * FQ_SIDE sets of 16 rows take theirs side by side. */
-enum { FQ_SIDE = 2 };
-FQ_INLINE void descend_signed(fq_rows *r, int length, float middle, fq_found *found) {
-  const vf zero = vf_set(0);
-  vf some[FQ_SIDE];
-  fq_descent d[FQ_SIDE];
-  for (int k = 0; k < FQ_SIDE; k++) {
-    const vf inverse = vf_div(vf_set(-middle), extreme_of(r + k, length, some + k));
-    d[k] = (fq_descent){zero, zero, vi_set(0)};
-    for (int i = 0; i < length; i++) {
-      const vf x = vf_load(r[k].x[i]), w = vf_load(r[k].w[i]);
-      const vf code = nearest_within(vf_mul(inverse, x), -middle, middle - 1, 1);
-      vf_store(r[k].code[i], code);
-      d[k].lx = vf_add(d[k].lx, vf_mul(vf_mul(w, x), code));
-      d[k].l2 = vf_add(d[k].l2, vf_mul(vf_mul(w, code), code));
-    }
+/* The rows, as bits, that are not sure to keep their plain codes.
+ *
+ * Plain codes have all the same sign as their weights, or all the other one. If it is the other one, lx without any
+ * element is not above 0, and nothing moves; so it is for about half of all rows. Else element i stays at its code c if
+ * x (l2 - x^2 c^2) / (lx - x^3 c) lies nearer to it than 1/2 or beyond it if it is the last one, which is to say
+ * |x l2 / lx - c| + x^3 c / lx / 2 < 1/2, the first quotient held between the last codes. All terms of both sums have
+ * one sign, so that float32 errs by less than 64 * 2^-24 there, and the distance kept from 1/2 is 64 times that. It
+ * also keeps the divisor above lx / 2^11, and the quotient, as x l2 < 9 lx, within what nearest_any rounds right. Where
+ * products may fall below float32's least or beyond its largest number, nothing is known. */
+FQ_INLINE uint32_t may_move(const fq_rows *r, int length, float middle, const fq_descent *d) {
+  const vf zero = vf_set(0), low = vf_set(-middle), high = vf_set(middle - 1);
+  const vf ratio = vf_div(d->l2, d->lx), half = vf_div(vf_set(0.5f), d->lx);
+  vf farthest = zero;
+  for (int i = 0; i < length; i++) {
+    const vf x = vf_load(r->x[i]), code = vf_load(r->code[i]);
+    const vf held = vf_min(vf_max(vf_mul(x, ratio), low), high), share = vf_mul(vf_load(r->w[i]), half);
+    farthest = vf_max(farthest, vf_add(magnitude(vf_sub(held, code)), share));
   }
-  for (int turn = 0; turn < 5; turn++) {
-    for (int k = 0; k < FQ_SIDE; k++)
-      d[k].changes = vi_set(0);
-    for (int i = 0; i < length; i++)
-      for (int k = 0; k < FQ_SIDE; k++)
-        move_code(r + k, i, middle, d + k);
-    vi changes = d[0].changes;
-    for (int k = 1; k < FQ_SIDE; k++)
-      changes = vi_or(changes, d[k].changes);
-    if (vi_highest(vi_and(changes, vi_set(INT32_MAX))) == 0)
+  uint32_t sure = vf_bits_less(farthest, vf_set(0.5f - 0x1p-12f));
+  sure &= vf_bits_less(vf_set(0x1p-80f), d->lx) & vf_bits_less(d->lx, vf_set(0x1p100f));
+  return vf_bits_less(zero, d->lx) & ~sure;
+}
+
+/* The scale; 0 where the row counts as zero, too: its codes are all 0, and so are the sums. */
+FQ_INLINE vf scale_of(const fq_descent *d) { return vf_where_less(vf_set(0), d->l2, vf_div(d->lx, d->l2), vf_set(0)); }
+
+/* The descent of a row of 16, an element in each lane, from the codes that inverse makes and their sums. Sums change
+ * with a move alone: up to then all elements are tried against the same ones, and the next one that helps moves. The
+ * codes, counted from 0, go to codes; the scale is the result. */
+FQ_INLINE float descend_row(const float *row, float inverse, float middle, float lx, float l2, float *codes) {
+  static const float lanes[FQ_LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const vf zero = vf_set(0), none = vf_set(-INFINITY), x = vf_load(row), w = vf_mul(x, x), wx = vf_mul(w, x);
+  vf code = nearest_within(vf_mul(vf_set(inverse), x), -middle, middle - 1, 1);
+  vf share = vf_mul(wx, code), square = vf_mul(vf_mul(w, code), code);
+  for (uint32_t next = 0;;) { /* of all five turns' elements */
+    const vf sum_lx = vf_set(lx), sum_l2 = vf_set(l2), rest_lx = vf_sub(sum_lx, share),
+             rest_l2 = vf_sub(sum_l2, square);
+    const vf moved = nearest_within(vf_div(vf_mul(x, rest_l2), rest_lx), -middle, middle - 1, 0);
+    const vf its_share = vf_mul(wx, moved), its_square = vf_mul(vf_mul(w, moved), moved);
+    const vf its_lx = vf_add(rest_lx, its_share), its_l2 = vf_add(rest_l2, its_square);
+    const vf counted = vf_where_zero(vf_sub(moved, code), none, vf_where_less(zero, rest_lx, sum_l2, none));
+    const vf gain = vf_mul(vf_mul(its_lx, its_lx), counted), old_gain = vf_mul(vf_mul(sum_lx, sum_lx), its_l2);
+    const uint32_t better = vf_bits_less(old_gain, gain) & vf_bits_less(zero, its_l2);
+    if (better == 0)
       break;
+    /* Behind those of this turn come those of the next one; those gone by have gone. */
+    next += (uint32_t)__builtin_ctz((better << FQ_LANES | better) >> next % FQ_LANES);
+    if (next >= 5 * FQ_LANES)
+      break;
+    _Alignas(64) float all_lx[FQ_LANES], all_l2[FQ_LANES];
+    vf_store(all_lx, its_lx);
+    vf_store(all_l2, its_l2);
+    const uint32_t lane = next++ % FQ_LANES;
+    lx = all_lx[lane];
+    l2 = all_l2[lane];
+    const vf others = vf_sub(vf_load(lanes), vf_set((float)lane));
+    code = vf_where_zero(others, moved, code);
+    share = vf_where_zero(others, its_share, share);
+    square = vf_where_zero(others, its_square, square);
   }
-  for (int k = 0; k < FQ_SIDE; k++) {
-    for (int i = 0; i < length; i++) {
-      const vf code = vf_add(vf_load(r[k].code[i]), vf_set(middle));
-      vf_store(r[k].code[i], vf_where_zero(some[k], zero, code));
-    }
-    const vf scale = vf_where_less(zero, d[k].l2, vf_div(d[k].lx, d[k].l2), zero);
-    found[k] = (fq_found){.scale = vf_where_zero(some[k], zero, scale), .least = zero, .inverse = zero, .origin = zero};
-  }
+  vf_store(codes, code);
+  return l2 > 0 ? lx / l2 : 0;
 }
 
 /* Codes as ggml keeps them, in 8 bits. */

@@ -3,7 +3,8 @@
 #define FQ_MANY_COPIES
 #include "scaled.h"
 
-enum { TOGETHER = 5 }; /* trials that share a load of the weights: as many chains of sums */
+/* Trials that share a load of the weights: as many chains of sums; and all of them, in whole vectors. */
+enum { TOGETHER = 5, ROUNDED = (FQ_SHRINKS + FQ_LANES - 1) / FQ_LANES * FQ_LANES };
 
 static float factor(int trial) { return 1.0f - (float)trial * 0.025f; }
 
@@ -17,15 +18,37 @@ static int32_t shrunk(int32_t bits, int trial) {
 
 /* Scales, inverses that are no infinity, and zero points of all trials. */
 static void make_trials(const fq_job *job, const fq_range *range, span_units *trials) {
-  memset(trials, 0, sizeof *trials);
-  for (int k = 0; k < FQ_SHRINKS; k++) {
-    trials->high[k] = shrunk(range->high, k);
-    trials->low[k] = shrunk(range->low, k);
-  }
-  for (int at = 0; at < FQ_SHRINKS; at += FQ_LANES) {
+  _Alignas(64) float factors[ROUNDED];
+  for (int k = 0; k < ROUNDED; k++)
+    factors[k] = factor(k);
+  trials->careful = 0;
+  const vf high = vi_float(vi_set(range->high)), low = vi_float(vi_set(range->low));
+  for (int at = 0; at < ROUNDED; at += FQ_LANES) {
+    vf_store((float *)(void *)(trials->high + at), vf_mul(high, vf_load(factors + at)));
+    vf_store((float *)(void *)(trials->low + at), vf_mul(low, vf_load(factors + at)));
     parameters_16(job, trials, at);
     vf_store(trials->inverse + at, vf_min(vf_load(trials->inverse + at), vf_set(0x1.fffffep127f)));
   }
+}
+
+/* Add the lanes of all trials' sums to the errors, each trial's one after the other. */
+static void add_to_errors(const float (*sums)[FQ_LANES], double *errors) {
+  _Alignas(64) float lanes[FQ_LANES][ROUNDED];
+  double total[ROUNDED];
+  for (int trial = 0; trial < ROUNDED; trial += FQ_PART)
+    for (int k = 0; k < FQ_LANES; k += 4) {
+      pf columns[4];
+      pf_load_columns(sums[trial] + k, FQ_LANES, columns);
+      for (int j = 0; j < 4; j++)
+        pf_store(lanes[k + j] + trial, columns[j]);
+    }
+  for (int trial = 0; trial < ROUNDED; trial++)
+    total[trial] = lanes[0][trial];
+  for (int k = 1; k < FQ_LANES; k++)
+    for (int trial = 0; trial < ROUNDED; trial++)
+      total[trial] += (double)lanes[k][trial];
+  for (int trial = 0; trial < FQ_SHRINKS; trial++)
+    errors[trial] += total[trial];
 }
 
 /* Add what errors count of n weights (a multiple of 16), for each trial. */
@@ -33,6 +56,7 @@ FQ_INLINE void add_errors(int bits, const span_units *t, const float *x, const f
                           double *errors) {
   const float half_range = (float)(1 << (bits - 1));
   const vf low = vf_set(-half_range), high = vf_set(half_range - 1);
+  _Alignas(64) float all[ROUNDED][FQ_LANES] = {{0}};
   for (int first = 0; first < FQ_SHRINKS; first += TOGETHER) {
     vf sums[TOGETHER];
     for (int k = 0; k < TOGETHER; k++)
@@ -52,8 +76,9 @@ FQ_INLINE void add_errors(int bits, const span_units *t, const float *x, const f
       }
     }
     for (int k = 0; k < TOGETHER; k++)
-      errors[first + k] += add_lanes(sums[k]);
+      vf_store(all[first + k], sums[k]);
   }
+  add_to_errors((const float (*)[FQ_LANES])all, errors);
 }
 
 static __attribute__((noinline)) void add_plain(const fq_job *job, const span_units *t, const float *x, int64_t n,

@@ -176,6 +176,13 @@ FQ_INLINE vf vf_load_f64(const char *a) {
   return r;
 }
 
+/* The lanes where a < b, as bits. */
+FQ_INLINE uint32_t vf_bits_less(vf a, vf b) {
+  uint32_t r = 0;
+  FQ_EACH r |= pf_bits_less(a.p[k], b.p[k]) << (k * FQ_PART);
+  return r;
+}
+
 /* One part with the higher of the lanes that lie over each other, and the highest of all lanes. */
 FQ_INLINE pi vi_fold(vi a) {
   pi r = a.p[0];

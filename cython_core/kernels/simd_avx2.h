@@ -161,3 +161,19 @@ FQ_INLINE void pack_halves_32(uint8_t *to, const int8_t *codes) {
 FQ_INLINE uint32_t pack_high_bits_32(const int8_t *codes) {
   return (uint32_t)_mm256_movemask_epi8(_mm256_slli_epi16(_mm256_loadu_si256((const __m256i *)codes), 3));
 }
+
+/* Elements 0 to 3 of so many rows as a part has lanes, that far apart: element i of every row in to[i]. */
+FQ_INLINE void pf_load_columns(const float *x, int64_t apart, pf *to) {
+  __m256 rows[4];
+  for (int i = 0; i < 4; i++, x += apart)
+    rows[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x)), _mm_loadu_ps(x + 4 * apart), 1);
+  const __m256 low = _mm256_unpacklo_ps(rows[0], rows[1]), high = _mm256_unpackhi_ps(rows[0], rows[1]);
+  const __m256 low_2 = _mm256_unpacklo_ps(rows[2], rows[3]), high_2 = _mm256_unpackhi_ps(rows[2], rows[3]);
+  to[0] = _mm256_shuffle_ps(low, low_2, 0x44);
+  to[1] = _mm256_shuffle_ps(low, low_2, 0xee);
+  to[2] = _mm256_shuffle_ps(high, high_2, 0x44);
+  to[3] = _mm256_shuffle_ps(high, high_2, 0xee);
+}
+
+/* The lanes where a < b, as bits. */
+FQ_INLINE uint32_t pf_bits_less(pf a, pf b) { return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)); }

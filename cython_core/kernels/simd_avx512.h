@@ -140,3 +140,22 @@ FQ_INLINE void pack_halves_32(uint8_t *to, const int8_t *codes) {
 FQ_INLINE uint32_t pack_high_bits_32(const int8_t *codes) {
   return _mm256_test_epi8_mask(_mm256_loadu_si256((const __m256i *)codes), _mm256_set1_epi8(16));
 }
+
+/* Elements 0 to 3 of so many rows as a part has lanes, that far apart: element i of every row in to[i]. */
+FQ_INLINE void pf_load_columns(const float *x, int64_t apart, pf *to) {
+  __m512 rows[4];
+  for (int i = 0; i < 4; i++, x += apart) {
+    const __m512 four = _mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(x)), _mm_loadu_ps(x + 4 * apart), 1);
+    rows[i] = _mm512_insertf32x4(four, _mm_loadu_ps(x + 8 * apart), 2);
+    rows[i] = _mm512_insertf32x4(rows[i], _mm_loadu_ps(x + 12 * apart), 3);
+  }
+  const __m512 low = _mm512_unpacklo_ps(rows[0], rows[1]), high = _mm512_unpackhi_ps(rows[0], rows[1]);
+  const __m512 low_2 = _mm512_unpacklo_ps(rows[2], rows[3]), high_2 = _mm512_unpackhi_ps(rows[2], rows[3]);
+  to[0] = _mm512_shuffle_ps(low, low_2, 0x44);
+  to[1] = _mm512_shuffle_ps(low, low_2, 0xee);
+  to[2] = _mm512_shuffle_ps(high, high_2, 0x44);
+  to[3] = _mm512_shuffle_ps(high, high_2, 0xee);
+}
+
+/* The lanes where a < b, as bits. */
+FQ_INLINE uint32_t pf_bits_less(pf a, pf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }

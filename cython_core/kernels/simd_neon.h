@@ -153,3 +153,23 @@ FQ_INLINE uint32_t pack_high_bits_32(const int8_t *codes) {
   sums = vpaddq_u8(sums, sums);
   return vgetq_lane_u32(vreinterpretq_u32_u8(vpaddq_u8(sums, sums)), 0);
 }
+
+/* Elements 0 to 3 of so many rows as a part has lanes, that far apart: element i of every row in to[i]. */
+FQ_INLINE void pf_load_columns(const float *x, int64_t apart, pf *to) {
+  float64x2_t even[2], odd[2]; /* elements 0 and 2, 1 and 3, of rows 0 and 1, and 2 and 3 */
+  for (int i = 0; i < 2; i++, x += 2 * apart) {
+    const float32x4_t a = pf_load(x), b = pf_load(x + apart);
+    even[i] = vreinterpretq_f64_f32(vtrn1q_f32(a, b));
+    odd[i] = vreinterpretq_f64_f32(vtrn2q_f32(a, b));
+  }
+  to[0] = vreinterpretq_f32_f64(vtrn1q_f64(even[0], even[1]));
+  to[1] = vreinterpretq_f32_f64(vtrn1q_f64(odd[0], odd[1]));
+  to[2] = vreinterpretq_f32_f64(vtrn2q_f64(even[0], even[1]));
+  to[3] = vreinterpretq_f32_f64(vtrn2q_f64(odd[0], odd[1]));
+}
+
+/* The lanes where a < b, as bits. */
+FQ_INLINE uint32_t pf_bits_less(pf a, pf b) {
+  const uint32x4_t place = {1, 2, 4, 8};
+  return vaddvq_u32(vandq_u32(vcltq_f32(a, b), place));
+}

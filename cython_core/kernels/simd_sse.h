@@ -173,6 +173,16 @@ FQ_INLINE uint32_t pack_high_bits_32(const int8_t *codes) {
   return (uint32_t)below | (uint32_t)above << 16;
 }
 
+/* Elements 0 to 3 of so many rows as a part has lanes, that far apart: element i of every row in to[i]. */
+FQ_INLINE void pf_load_columns(const float *x, int64_t apart, pf *to) {
+  for (int i = 0; i < 4; i++)
+    to[i] = _mm_loadu_ps(x + i * apart);
+  _MM_TRANSPOSE4_PS(to[0], to[1], to[2], to[3]);
+}
+
+/* The lanes where a < b, as bits. */
+FQ_INLINE uint32_t pf_bits_less(pf a, pf b) { return (uint32_t)_mm_movemask_ps(_mm_cmplt_ps(a, b)); }
+
 /* a * b + c of two lanes, exact but for its last bit, which is set if anything was cut off: then the next rounding, to
  * float32, is that of the exact value. The product of two float32 is exact; the sum's error is Knuth's. */
 FQ_INLINE __m128d odd_sum_2(__m128d a, __m128d b, __m128d c) {

@@ -272,3 +272,30 @@ def test_weights_at_the_edge_between_two_codes(
     batch = request({"w": weights}, dtype)
     for engine in all_engines[::3]:
         check_row(engine.session(batch.schema, command).quantize(batch).batch, 0, expected, engine.isa)
+
+
+def near_moves(blocks: int, seed: int) -> Any:
+    """q3_k's blocks, of every magnitude, in each of whose sub-blocks one weight divided by the scale that all others
+    want lies a few units in the last place from the edge between two codes: its search moves it or it does not."""
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((blocks * 16, 16)).astype(np.float32)
+    rows[:, :8] *= np.float32(0.4)
+    every, extreme = np.arange(len(rows)), np.abs(rows).argmax(axis=1)
+    rows[every, extreme] = -np.abs(rows[every, extreme])  # else nothing moves
+    at = (extreme + rng.integers(1, 16, len(rows))) % 16
+    others = rows.copy()
+    others[every, at] = 0
+    codes = np.clip(np.rint(others * (np.float32(-4) / rows[every, extreme])[:, None]), -4, 3)
+    scale = (others**3 * codes).sum(axis=1) / (others**2 * codes**2).sum(axis=1)
+    edges = ((rng.integers(-4, 3, len(rows)) + 0.5) * scale).astype(np.float32)
+    rows[every, at] = (edges.view(np.int32) + rng.integers(-3, 4, len(rows), np.int32)).view(np.float32)
+    return np.ldexp(rows.reshape(blocks, 256), rng.integers(-45, 41, (blocks, 1))).astype(np.float32)
+
+
+def test_searched_codes_at_the_edge_of_a_move(all_engines: list[Engine]) -> None:
+    command = Command.build(scheme="q3_k", metrics=False)
+    weights = near_moves(400, seed=5)
+    expected = reference_layer(weights, "float32", command)
+    for engine in all_engines[::3]:
+        answer = engine.session(request({"w": weights}).schema, command).quantize(request({"w": weights})).batch
+        check_row(answer, 0, expected, engine.isa)
