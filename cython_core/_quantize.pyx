@@ -669,9 +669,11 @@ cdef class Plan:
 
     cdef void _quantize_one(self, int64_t i) noexcept nogil:
         cdef int64_t start = now()
-        cdef Tile *tile = &self._tiles[i]
-        self._kernels.quantize(&self._jobs[tile.job], tile.begin, tile.end, &self._results[i])
-        self._results[i].nanoseconds = now() - start
+        # Backwards after ranges were found: what was read last is still in the caches.
+        cdef int64_t place = self.tiles - 1 - i if self.reduce_tiles else i
+        cdef Tile *tile = &self._tiles[place]
+        self._kernels.quantize(&self._jobs[tile.job], tile.begin, tile.end, &self._results[place])
+        self._results[place].nanoseconds = now() - start
 
     def repack(self, int64_t first, int64_t last, int n_threads):
         """Write what was packed in the layouts that need all of it, for the tiles from ``first`` up to ``last``."""

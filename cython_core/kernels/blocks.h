@@ -2,13 +2,15 @@
  *
  * A tile is a strip of FQ_EDGE rows. It is taken in pieces of FQ_PIECE columns, small enough for the second-level
  * cache: a piece is read from memory once, for its blocks' ranges, and again from the cache to be quantized, while the
- * next piece is fetched. Spans are the pieces' rows, in this order (flightquant/reference/quality.py: strips). */
+ * next piece is fetched. Rows lie too far apart for the processor to foresee: what is read of the next ones, for their
+ * ranges, and where their codes go is fetched some rows before. Spans are the pieces' rows, in this order
+ * (flightquant/reference/quality.py: strips). */
 #ifndef FQ_BLOCKS_H
 #define FQ_BLOCKS_H
 
 #include "scaled.h"
 
-enum { FQ_PIECE = 512, FQ_ACROSS = FQ_PIECE / FQ_EDGE };
+enum { FQ_PIECE = 512, FQ_ACROSS = FQ_PIECE / FQ_EDGE, FQ_ROWS_AHEAD = 4 };
 
 /* The ranges of a piece's blocks: `width` columns from `begin` on, of so many rows. */
 FQ_INLINE void range_blocks(const fq_job *job, int64_t begin, int64_t rows, int64_t width, int32_t *high) {
@@ -18,6 +20,8 @@ FQ_INLINE void range_blocks(const fq_job *job, int64_t begin, int64_t rows, int6
   for (int b = 0; b < FQ_ACROSS; b++)
     highest[b] = pi_set(0);
   for (int64_t row = 0; row < rows; row++) {
+    fetcher next = fetch_from(job, begin + (row + FQ_ROWS_AHEAD) * job->cols);
+    fetch_vectors(&next, FQ_PIECE / FQ_LANES);
     const char *x = weights_span(job, begin + row * job->cols, width, buffer);
     for (int64_t b = 0; b * FQ_EDGE < width; b++, x += FQ_EDGE * fq_dtype_bytes[dtype]) {
       const int64_t rest = round_up(width - b * FQ_EDGE, FQ_STEP), n = rest < FQ_EDGE ? rest : FQ_EDGE;
@@ -28,6 +32,13 @@ FQ_INLINE void range_blocks(const fq_job *job, int64_t begin, int64_t rows, int6
   for (int b = 0; b < FQ_ACROSS; b++)
     high[b] = pi_highest(highest[b]);
   widen_ends(high, dtype);
+}
+
+/* Fetch the lines to which the codes from an index on will be written. */
+FQ_INLINE void fetch_codes(const fq_job *job, int64_t at) {
+  const uintptr_t to = (uintptr_t)job->data + (uintptr_t)at;
+  for (uintptr_t line = 0; line < FQ_PIECE; line += 64)
+    __builtin_prefetch((const char *)(to + line), 1, 3);
 }
 
 /* Quantize a strip, piece by piece: ranges, parameters, then row by row codes, packed bytes, quality sums. */
@@ -55,6 +66,7 @@ FQ_INLINE void quantize_strip(const fq_job *job, int64_t begin, int64_t end, fq_
       const char *x = weights_span(job, at, width, buffer);
       fetcher next = fetch_from(job, col + width < cols ? at + width : at - col + FQ_EDGE * cols);
       int8_t *codes = padded == width ? (int8_t *)job->data + at : bytes;
+      fetch_codes(job, at + FQ_ROWS_AHEAD * cols);
       quantizer(job, &next, x, padded, &u, codes, wide, again);
       packer(job, at, width, codes);
       if (job->measure)

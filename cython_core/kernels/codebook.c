@@ -1,25 +1,49 @@
 /* bitsandbytes' nf4 and fp4 (flightquant/reference/nf4.py): blocks of the flat tensor, the last one maybe short. */
 #include "families.h"
 
-/* Values and codes stand in the order of the values, the 15 bounds between them as a heap (vf_count_below). */
+/* Values and codes stand in the order of the values. */
 typedef struct {
-  _Alignas(64) float heap[16], values[16];
+  fq_bounds bounds;
+  _Alignas(64) float values[16];
   _Alignas(16) uint8_t codes[16];
 } codebook;
 
 static const codebook nf4 = {
-    {INFINITY, 0x1.45f5fep-5f, -0x1.5bd4ecp-2f, 0x1.8ea7f2p-2f, -0x1.38a4e0p-1f, -0x1.1a7178p-3f, 0x1.a0cfc0p-3f,
-     0x1.491b5ep-1f, -0x1.b239b0p-1f, -0x1.d70900p-2f, -0x1.e079d8p-3f, -0x1.74f0e2p-5f, 0x1.ec90c4p-4f, 0x1.2b05a8p-2f,
-     0x1.00da08p-1f, 0x1.b913b4p-1f},
+    {{INFINITY, 0x1.45f5fep-5f, -0x1.5bd4ecp-2f, 0x1.8ea7f2p-2f, -0x1.38a4e0p-1f, -0x1.1a7178p-3f, 0x1.a0cfc0p-3f,
+      0x1.491b5ep-1f, -0x1.b239b0p-1f, -0x1.d70900p-2f, -0x1.e079d8p-3f, -0x1.74f0e2p-5f, 0x1.ec90c4p-4f,
+      0x1.2b05a8p-2f, 0x1.00da08p-1f, 0x1.b913b4p-1f},
+     {INFINITY,        0x1.45f5fep-5f,  0x1.ec90c4p-4f, 0x1.a0cfc0p-3f,  0x1.2b05a8p-2f,  INFINITY,
+      0x1.8ea7f2p-2f,  INFINITY,        0x1.00da08p-1f, INFINITY,        0x1.491b5ep-1f,  INFINITY,
+      INFINITY,        0x1.b913b4p-1f,  INFINITY,       INFINITY,        INFINITY,        INFINITY,
+      INFINITY,        -0x1.b239b0p-1f, INFINITY,       INFINITY,        INFINITY,        -0x1.38a4e0p-1f,
+      INFINITY,        -0x1.d70900p-2f, INFINITY,       -0x1.5bd4ecp-2f, -0x1.e079d8p-3f, INFINITY,
+      -0x1.1a7178p-3f, -0x1.74f0e2p-5f},
+     {7, 7, 8, 9, 10, 11, 11, 12, 12, 13, 13, 14, 14, 14, 15, 15, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3, 4, 5, 5, 6},
+     15,
+     0x1.8p23f,
+     0,
+     0},
     {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
      -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
      0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f},
     {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
 };
 static const codebook fp4 = {
-    {INFINITY, 0, -0x1.2aaaacp-2f, 0x1.2aaaacp-2f, -0x1.2aaaacp-1f, -0x1.6p-4f, 0x1.6p-4f, 0x1.2aaaacp-1f,
-     -0x1.aaaaacp-1f, -0x1.aaaaacp-2f, -0x1.aaaaacp-3f, -0x1.555556p-9f, 0x1.555556p-9f, 0x1.aaaaacp-3f, 0x1.aaaaacp-2f,
-     0x1.aaaaacp-1f},
+    {{INFINITY, 0, -0x1.2aaaacp-2f, 0x1.2aaaacp-2f, -0x1.2aaaacp-1f, -0x1.6p-4f, 0x1.6p-4f, 0x1.2aaaacp-1f,
+      -0x1.aaaaacp-1f, -0x1.aaaaacp-2f, -0x1.aaaaacp-3f, -0x1.555556p-9f, 0x1.555556p-9f, 0x1.aaaaacp-3f,
+      0x1.aaaaacp-2f, 0x1.aaaaacp-1f},
+     {0,        0x1.6p-4f,       INFINITY, 0x1.aaaaacp-3f,  0x1.2aaaacp-2f,
+      INFINITY, 0x1.aaaaacp-2f,  INFINITY, INFINITY,        0x1.2aaaacp-1f,
+      INFINITY, INFINITY,        INFINITY, 0x1.aaaaacp-1f,  INFINITY,
+      INFINITY, INFINITY,        INFINITY, INFINITY,        -0x1.aaaaacp-1f,
+      INFINITY, INFINITY,        INFINITY, -0x1.2aaaacp-1f, INFINITY,
+      INFINITY, -0x1.aaaaacp-2f, INFINITY, -0x1.2aaaacp-2f, -0x1.aaaaacp-3f,
+      INFINITY, -0x1.6p-4f},
+     {6, 7, 8, 8, 9, 10, 10, 11, 11, 11, 12, 12, 12, 12, 13, 13, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 5},
+     15,
+     0x1.8p23f,
+     0x1.555556p-9f,
+     0},
     {-1.0f, -0x1.555556p-1f, -0.5f, -0x1.555556p-2f, -0.25f, -0x1.555556p-3f, -0x1.555556p-8f, 0, 0, 0x1.555556p-8f,
      0x1.555556p-3f, 0.25f, 0x1.555556p-2f, 0.5f, 0x1.555556p-1f, 1.0f},
     {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3},
@@ -102,7 +126,7 @@ FQ_INLINE void quantize_span(fetcher *next, const float *x, int64_t n, const spa
       vf scaled = vf_mul(vf_load(x + i), vf_set(s->block_inverse[block]));
       if (divides && i >= s->short_from)
         scaled = vf_div(vf_load(x + i), vf_set(s->block_scale[block]));
-      found[v] = vf_count_below(scaled, book->heap);
+      found[v] = vf_count_below(scaled, &book->bounds);
       if (measured)
         vf_store(y + i, vf_mul(vi_lookup_16(found[v], book->values), vf_set(s->block_scale[block])));
     }

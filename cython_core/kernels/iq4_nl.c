@@ -1,13 +1,22 @@
 /* ggml's IQ4_NL (flightquant/reference/kquants.py): blocks of 32 weights, a float16 scale and codes of 16 values. */
 #include "search.h"
 
-/* The bounds between the values stand as a heap (vf_count_below): each is the float32 right below the middle of two
- * values, which itself belongs to the upper one. */
+/* Each bound is the float32 right below the middle of two values, which itself belongs to the upper one. */
 static const float values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-static const float heap[16] = {INFINITY,        -0x1.200002p+2f, -0x1.c80002p+5f, 0x1.6bfffep+5f,
-                               -0x1.760002p+6f, -0x1.c80002p+4f, 0x1.2ffffep+4f,  0x1.3bfffep+6f,
-                               -0x1.ce0002p+6f, -0x1.280002p+6f, -0x1.500002p+5f, -0x1.000002p+4f,
-                               0x1.bffffep+2f,  0x1.f7fffep+4f,  0x1.e7fffep+5f,  0x1.93fffep+6f};
+static const fq_bounds bounds = {
+    {INFINITY, -0x1.200002p+2f, -0x1.c80002p+5f, 0x1.6bfffep+5f, -0x1.760002p+6f, -0x1.c80002p+4f, 0x1.2ffffep+4f,
+     0x1.3bfffep+6f, -0x1.ce0002p+6f, -0x1.280002p+6f, -0x1.500002p+5f, -0x1.000002p+4f, 0x1.bffffep+2f, 0x1.f7fffep+4f,
+     0x1.e7fffep+5f, 0x1.93fffep+6f},
+    {INFINITY,        0x1.bffffep+2f, 0x1.2ffffep+4f,  INFINITY,       0x1.f7fffep+4f,  INFINITY, 0x1.6bfffep+5f,
+     INFINITY,        0x1.e7fffep+5f, INFINITY,        0x1.3bfffep+6f, INFINITY,        INFINITY, 0x1.93fffep+6f,
+     INFINITY,        INFINITY,       INFINITY,        INFINITY,       -0x1.ce0002p+6f, INFINITY, -0x1.760002p+6f,
+     INFINITY,        INFINITY,       -0x1.280002p+6f, INFINITY,       -0x1.c80002p+5f, INFINITY, -0x1.500002p+5f,
+     -0x1.c80002p+4f, INFINITY,       -0x1.000002p+4f, -0x1.200002p+2f},
+    {8, 8, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 14, 15, 15, 0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 6, 6, 7},
+    1,
+    0x1.8p26f,
+    0,
+    120}; /* cells of 8 */
 
 enum { BLOCK_BYTES = 18 };
 
@@ -15,7 +24,7 @@ FQ_INLINE void sums_of(const fq_rows *r, vf inverse, vf *qx, vf *q2) {
   *qx = *q2 = vf_set(0);
   for (int i = 0; i < FQ_BLOCK; i++) {
     const vf x = vf_load(r->x[i]);
-    const vf value = vi_lookup_16(vf_count_below(vf_mul(inverse, x), heap), values);
+    const vf value = vi_lookup_16(vf_count_below(vf_mul(inverse, x), &bounds), values);
     const vf wq = vf_mul(vf_load(r->w[i]), value);
     *qx = vf_add(*qx, vf_mul(wq, x));
     *q2 = vf_add(*q2, vf_mul(wq, value));
@@ -104,7 +113,7 @@ void FQ_NAME(iq4_nl_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_
         const vf scaled = vf_mul(vf_load(x + j), vf_set(s.inverse[b])), zero = vf_set(0);
         /* What is no number belongs to the last value: an inverse that overflowed, times 0. */
         const vf settled = vf_where_less(scaled, zero, scaled, vf_where_less(scaled, vf_set(200), scaled, vf_set(200)));
-        code[v] = vf_count_below(settled, heap);
+        code[v] = vf_count_below(settled, &bounds);
         if (measured)
           vf_store(again + j, vf_mul(vi_lookup_16(code[v], values), vf_set(s.scale[b])));
       }

@@ -134,26 +134,46 @@ FQ_INLINE void search_span(const fq_job *job, const k_format *f, int weighted, c
   }
 }
 
-/* The same for q3_k without weights: few sub-blocks go beyond their plain codes, those one at a time. */
+/* The same for q3_k without weights: few sub-blocks go beyond their plain codes. A move of one waits for the one
+ * before: all that are left make theirs in turn. */
 FQ_INLINE void descend_span(const float *x, int64_t n, span_search *s) {
   const int64_t subs = n / FQ_LANES;
   _Alignas(64) float lx[SUBS], l2[SUBS];
+  uint32_t next[SUBS];
+  int32_t which[SUBS + 1];
+  int64_t moving = 0;
   for (int64_t first = 0; first < subs; first += FQ_LANES) {
     fq_rows r;
     vf inverse;
     take_rows(&r, x + first * FQ_LANES, subs - first < FQ_LANES ? subs - first : FQ_LANES, FQ_LANES);
     const fq_descent d = begin_descent(&r, FQ_LANES, 4, &inverse);
-    s->moved[first / FQ_LANES] = may_move(&r, FQ_LANES, 4, &d);
+    const uint32_t moves = may_move(&r, FQ_LANES, 4, &d);
+    s->moved[first / FQ_LANES] = moves;
     vf_store(s->inverse + first, inverse);
-    vf_store(s->scale + first, scale_of(&d));
     vf_store(lx + first, d.lx);
     vf_store(l2 + first, d.l2);
+    for (int k = 0; k < FQ_LANES; k++) {
+      which[moving] = (int32_t)first + k;
+      moving += moves >> k & 1;
+    }
+  }
+  for (int64_t i = 0; i < moving; i++) {
+    const int32_t k = which[i];
+    next[k] = 0;
+    vf_store(s->code[k], nearest_within(vf_mul(vf_set(s->inverse[k]), vf_load(x + k * FQ_LANES)), -4, 3, 1));
+  }
+  for (int64_t left = moving; left;) {
+    const int64_t count = left;
+    left = 0;
+    for (int64_t i = 0; i < count; i++) {
+      const int32_t k = which[i];
+      which[left] = k;
+      left += move_next(x + k * FQ_LANES, 4, s->code[k], lx + k, l2 + k, next + k);
+    }
   }
   for (int64_t first = 0; first < subs; first += FQ_LANES) {
-    for (uint32_t left = s->moved[first / FQ_LANES]; left; left &= left - 1) {
-      const int64_t k = first + __builtin_ctz(left);
-      s->scale[k] = descend_row(x + k * FQ_LANES, s->inverse[k], 4, lx[k], l2[k], s->code[k]);
-    }
+    const vf sum_l2 = vf_load(l2 + first), zero = vf_set(0);
+    vf_store(s->scale + first, vf_where_less(zero, sum_l2, vf_div(vf_load(lx + first), sum_l2), zero));
   }
 }
 

@@ -13,11 +13,83 @@ typedef struct {
 
 static const micro mxfp4 = {32, &e2m1, 2}, mxfp8 = {32, &e4m3, 8}, nvfp4 = {16, &e2m1, 0};
 
+/* Quotients up to here are zero, without a sign, in the dtype of the arithmetic. */
+FQ_INLINE int32_t zero_until(const fq_job *job) {
+  return job->arithmetic == FQ_F16 ? 0x33000000 : job->arithmetic == FQ_BF16 ? 0x00008000 : 0;
+}
+
+#ifdef FQ_HAS_CELLS
+
+/* e2m1 by cells, as in fq_bounds, of which one holds a bound at most. They are as wide as the least step, so that up to
+ * 2 a quotient is rounded right by the sum that makes its cell. One of up to 7 has the place, in the order of the
+ * values, of its cell's upper end, or the one before if it is less than the bound. That of the cell of 0 is the last
+ * one that is zero without a sign. */
+static const float origin = 0x1.8p22f, most_quotient = 7;
+static const float bounds[32] = {
+    0,         -INFINITY,      -INFINITY,     -INFINITY, -INFINITY, 0x1.400002p1f, -INFINITY, 3.5f,
+    -INFINITY, -INFINITY,      0x1.400002p2f, -INFINITY, -INFINITY, -INFINITY,     -INFINITY, -INFINITY,
+    -INFINITY, -INFINITY,      -INFINITY,     -INFINITY, -INFINITY, -INFINITY,     -5,        -INFINITY,
+    -INFINITY, -0x1.bffffep1f, -INFINITY,     -2.5f,     -INFINITY, -INFINITY,     -INFINITY, -INFINITY};
+static const int32_t places[32] = {8, 9, 10, 11, 12, 13, 13, 14, 14, 14, 15, 15, 15, 15, 15, 15,
+                                   0, 0, 0,  0,  0,  0,  1,  1,  1,  2,  2,  3,  3,  4,  5,  6};
+static const float values[16] = {-6, -4, -3, -2, -1.5f, -1, -0.5f, -0.0f, 0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+static const uint8_t codes_of_places[16] = {7, 6, 5, 4, 3, 2, 1, 0, 248, 249, 250, 251, 252, 253, 254, 255};
+
+typedef struct {
+  _Alignas(64) float bounds[32];
+} zero_e2m1;
+
+/* For quotients that are zero without a sign up to this magnitude. */
+FQ_INLINE void set_zero(zero_e2m1 *z, int32_t zero) {
+  memcpy(z->bounds, bounds, sizeof bounds);
+  zero |= INT32_MIN;
+  memcpy(z->bounds, &zero, sizeof zero);
+}
+
+/* Places of 16 quotients, and their values. */
+FQ_INLINE vi codes_e2m1(vf q, const zero_e2m1 *z, vf *value) {
+  vi place;
+  FQ_EACH {
+    const pi cell = pf_cell(q.p[k], 1, origin);
+    place.p[k] = pi_discount_below(pi_lookup_32(cell, places), q.p[k], pf_lookup_32(cell, z->bounds));
+  }
+  *value = vi_lookup_16(place, values);
+  return place;
+}
+
+/* Codes less 8 of 64 places. */
+FQ_INLINE void settle_e2m1(int8_t *codes) { lookup_64(codes, codes_of_places); }
+
+#else
+
+static const float most_quotient = 0x1p100f;
+
+typedef struct {
+  int32_t magnitude;
+} zero_e2m1;
+
+FQ_INLINE void set_zero(zero_e2m1 *z, int32_t zero) { z->magnitude = zero; }
+
+/* Codes less 8 of 16 quotients as e2m1, and their values. */
+FQ_INLINE vi codes_e2m1(vf q, const zero_e2m1 *z, vf *value) {
+  const vi bits = vf_bits(q), magnitude = vi_and(bits, vi_set(INT32_MAX));
+  const vi sign = vi_and(vi_and(vi_sub(vi_set(z->magnitude), magnitude), bits), vi_set(INT32_MIN));
+  const vi code = nearest_minifloat(vf_bits(vf_min(vi_float(magnitude), vf_set(6))), e2m1, value);
+  *value = vi_float(vi_or(vf_bits(*value), sign));
+  return vi_sub(vi_sub(code, vi_set(8)), vi_shift_28(sign));
+}
+FQ_INLINE void settle_e2m1(int8_t *codes) { (void)codes; }
+
+#endif
+
 typedef struct {
   _Alignas(64) int32_t high[FQ_GROUPS]; /* the largest magnitudes */
   /* What is stored, what weights are divided by, and its inverse. */
   _Alignas(64) float stored[FQ_GROUPS], scale[FQ_GROUPS], inverse[FQ_GROUPS];
-  int careful; /* nvfp4: vf_quotient does not hold, or may lose the sign of what rounds to 0 */
+  zero_e2m1 zero;
+  /* nvfp4: where it is above 0 vf_quotient does not hold, or may lose the sign of what rounds to 0, or quotients are
+   * too large. */
+  vi careful;
 } span_scales;
 
 /* Powers of two for 16 groups: the magnitude's own, rounded up from 1.75 times one, over the element's. */
@@ -52,30 +124,15 @@ FQ_INLINE void scales_16(const fq_job *job, float global, span_scales *s, int64_
   vf_store(s->scale + at, scale);
   vf_store(s->inverse + at, vf_div(vf_set(1), scale));
   const vi bits = vf_bits(scale), least = vf_bits(vf_set(0x1p-80f)), most = vf_bits(vf_set(1));
-  /* Under a given magnitude that the weights exceed by far, quotients may be infinite. */
+  /* Under a given magnitude that the weights exceed, or a scale of few bits, quotients may be large, or infinite. */
   const vi largest = vf_bits(vf_mul(amax, vf_load(s->inverse + at)));
-  const vi above = vi_max(vi_sub(bits, most), vi_sub(largest, vf_bits(vf_set(0x1p100f))));
-  s->careful |= vi_highest(vi_max(vi_sub(least, bits), above)) > 0;
-}
-
-/* Quotients up to here are zero, without a sign, in the dtype of the arithmetic. */
-FQ_INLINE int32_t zero_until(const fq_job *job) {
-  return job->arithmetic == FQ_F16 ? 0x33000000 : job->arithmetic == FQ_BF16 ? 0x00008000 : 0;
-}
-
-/* Codes less 8 of 16 quotients as e2m1, and their values. */
-FQ_INLINE vi codes_e2m1(vf q, int32_t zero, vf *value) {
-  const vi bits = vf_bits(q), magnitude = vi_and(bits, vi_set(INT32_MAX));
-  const vi sign = vi_and(vi_and(vi_sub(vi_set(zero), magnitude), bits), vi_set(INT32_MIN));
-  const vi code = nearest_minifloat(vf_bits(vf_min(vi_float(magnitude), vf_set(6))), e2m1, value);
-  *value = vi_float(vi_or(vf_bits(*value), sign));
-  return vi_sub(vi_sub(code, vi_set(8)), vi_shift_28(sign));
+  const vi above = vi_max(vi_sub(bits, most), vi_sub(largest, vf_bits(vf_set(most_quotient))));
+  s->careful = vi_max(s->careful, vi_max(vi_sub(least, bits), above));
 }
 
 /* Codes, and weights again where they are wanted, of n weights (a multiple of 64): of 4 bits, less 8. */
-FQ_INLINE void quantize_span(const fq_job *job, const micro *f, int careful, int measured, fetcher *next,
-                             const float *x, int64_t n, const span_scales *s, int8_t *codes, float *y) {
-  const int32_t zero = f->group == 32 ? zero_until(job) : 0;
+FQ_INLINE void quantize_span(const micro *f, int careful, int measured, fetcher *next, const float *x, int64_t n,
+                             const span_scales *s, int8_t *codes, float *y) {
   for (int64_t at = 0; at < n; at += FQ_STEP) {
     vi code[FQ_STEP / FQ_LANES];
     fetch_step(next, measured);
@@ -86,9 +143,10 @@ FQ_INLINE void quantize_span(const fq_job *job, const micro *f, int careful, int
       if (f->group == 32)
         q = vf_mul(weight, inverse); /* by a power of two: as exact as a division */
       else
-        q = careful ? vf_div(weight, scale) : vf_quotient(weight, scale, inverse, 0);
+        q = careful ? vf_max(vf_min(vf_div(weight, scale), vf_set(6)), vf_set(-6))
+                    : vf_quotient(weight, scale, inverse, 0);
       if (f->element->bits == 3) {
-        code[v] = codes_e2m1(q, zero, &value);
+        code[v] = codes_e2m1(q, &s->zero, &value);
       } else {
         code[v] = nearest_float8(q, weight, *f->element, &value);
       }
@@ -98,12 +156,14 @@ FQ_INLINE void quantize_span(const fq_job *job, const micro *f, int careful, int
     pi parts[FQ_STEP / FQ_PART];
     memcpy(parts, code, sizeof parts);
     pack_64(codes + at, parts);
+    if (f->element->bits == 3)
+      settle_e2m1(codes + at);
   }
 }
 
-static __attribute__((noinline)) void quantize_extreme(const fq_job *job, fetcher *next, const float *x, int64_t n,
-                                                       const span_scales *s, int8_t *codes, float *y) {
-  quantize_span(job, &nvfp4, 1, 1, next, x, n, s, codes, y);
+static __attribute__((noinline)) void quantize_extreme(fetcher *next, const float *x, int64_t n, const span_scales *s,
+                                                       int8_t *codes, float *y) {
+  quantize_span(&nvfp4, 1, 1, next, x, n, s, codes, y);
 }
 
 /* Write the 4-bit codes of n weights from an index on. */
@@ -125,30 +185,31 @@ FQ_INLINE void quantize_groups(const fq_job *job, const micro *f, int measured, 
   _Alignas(64) int8_t bytes[FQ_SPAN];
   span_scales s;
   memset(&s, 0, sizeof s);
+  set_zero(&s.zero, f->group == 32 ? zero_until(job) : 0);
   const float global = f->top ? 1 : job->scales[job->n / f->group];
   for (int64_t at = begin; at < end;) {
     const int64_t stop = span_end(job, at, end), n = stop - at, padded = round_up(n, FQ_STEP), groups = n / f->group;
     const float *x = load_span(job, at, n, buffer);
     fetcher next = fetch_after(job, at, n);
-    int32_t highest = 0;
-    s.careful = 0;
+    vi highest = vi_set(0);
+    s.careful = highest;
     for (int64_t g = 0; g < groups; g += FQ_LANES) {
       /* of magnitudes there is no low */
-      const int32_t top = range_units(x + g * f->group, f->group, groups - g, 1, s.high + g, s.high + g);
-      highest = top > highest ? top : highest;
+      range_units(x + g * f->group, f->group, groups - g, 1, s.high + g, s.high + g);
+      highest = vi_max(highest, vf_bits(vf_load((const float *)(const void *)(s.high + g))));
       if (f->top)
         powers_16(job, f->top, &s, g);
       else
         scales_16(job, global, &s, g);
     }
-    if (highest >= FQ_INFINITY_BITS)
+    if (vi_highest(highest) >= FQ_INFINITY_BITS)
       note_bad(x, at, n, result);
     memcpy(job->scales + at / f->group, s.stored, (size_t)groups * sizeof(float));
     int8_t *codes = f->element->bits == 7 && padded == n ? (int8_t *)job->data + at : bytes;
-    if (s.careful)
-      quantize_extreme(job, &next, x, padded, &s, codes, again);
+    if (vi_highest(s.careful) > 0)
+      quantize_extreme(&next, x, padded, &s, codes, again);
     else
-      quantize_span(job, f, 0, measured, &next, x, padded, &s, codes, again);
+      quantize_span(f, 0, measured, &next, x, padded, &s, codes, again);
     if (f->element->bits == 3)
       pack_span(job, at, n, codes);
     else if (codes == bytes)

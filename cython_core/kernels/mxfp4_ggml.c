@@ -3,13 +3,49 @@
 
 enum { BLOCK_BYTES = 17 };
 
-/* What code 1 stands for, 2^(e - 128). */
-FQ_INLINE float half_power(int e) {
-  const int32_t bits = e < 2 ? 0x00200000 << e : (e - 1) << 23;
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
+/* Values of e2m1 in their order, both zeros with code 0; a weight on a bound belongs to the value nearer to 0. */
+static const fq_bounds bounds = {
+    {INFINITY, 0, -0x1.c00002p0f, 1.75f, -0x1.c00002p1f, -0x1.800002p-1f, 0.75f, 3.5f, -0x1.400002p2f, -0x1.400002p1f,
+     -0x1.400002p0f, -0x1.000002p-2f, 0.25f, 1.25f, 2.5f, 5},
+    {0,
+     0.25f,
+     0.75f,
+     1.25f,
+     1.75f,
+     INFINITY,
+     2.5f,
+     INFINITY,
+     3.5f,
+     INFINITY,
+     INFINITY,
+     5,
+     INFINITY,
+     INFINITY,
+     INFINITY,
+     INFINITY,
+     INFINITY,
+     INFINITY,
+     INFINITY,
+     INFINITY,
+     INFINITY,
+     -0x1.400002p2f,
+     INFINITY,
+     INFINITY,
+     -0x1.c00002p1f,
+     INFINITY,
+     -0x1.400002p1f,
+     INFINITY,
+     -0x1.c00002p0f,
+     -0x1.400002p0f,
+     -0x1.800002p-1f,
+     -0x1.000002p-2f},
+    {7, 8, 9, 10, 11, 12, 12, 13, 13, 14, 14, 14, 15, 15, 15, 15, 0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 5, 6},
+    2.2f,
+    0x1.8p23f,
+    0,
+    6};
+static const float values[16] = {-6, -4, -3, -2, -1.5f, -1, -0.5f, 0, 0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+static const uint8_t codes_of_places[16] = {15, 14, 13, 12, 11, 10, 9, 0, 0, 1, 2, 3, 4, 5, 6, 7};
 
 /* floor(log2(amax)) + 125, as a byte. Within 44 steps below a power of two the float32 logarithm is the power's own. */
 FQ_INLINE int exponent_of(int32_t bits) {
@@ -23,11 +59,19 @@ FQ_INLINE int exponent_of(int32_t bits) {
   return (exponent + 125) & 255;
 }
 
+/* What a block's values are multiplied with, 2^(e - 127), and what its weights are, the inverse. Those near the ends
+ * are not of weights that count: the largest e are of magnitudes too small for the least one. */
+FQ_INLINE void set_power(int e, float *scale, float *inverse) {
+  const int32_t up = e == 0 ? 0x00400000 : (e < 254 ? e : 254) << 23, down = (e < 253 ? 254 - e : 1) << 23;
+  memcpy(scale, &up, sizeof up);
+  memcpy(inverse, &down, sizeof down);
+}
+
 FQ_INLINE void quantize_blocks(const fq_job *job, int measured, int64_t begin, int64_t end, fq_result *result) {
-  static const float bounds[7] = {0.5f, 1.5f, 2.5f, 3.5f, 5, 7, 10};
-  static const float values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-  _Alignas(64) float buffer[FQ_SPAN], again[FQ_SPAN];
+  _Alignas(64) float buffer[FQ_SPAN], again[FQ_SPAN], scale[FQ_BLOCKS], inverse[FQ_BLOCKS];
   _Alignas(64) int32_t high[FQ_BLOCKS];
+  memset(scale, 0, sizeof scale); /* an odd last block has a neighbour of zeros */
+  memset(inverse, 0, sizeof inverse);
   for (int64_t at = begin; at < end;) {
     const int64_t stop = span_end(job, at, end), n = stop - at, blocks = n / FQ_BLOCK;
     const float *x = load_span(job, at, n, buffer);
@@ -36,31 +80,28 @@ FQ_INLINE void quantize_blocks(const fq_job *job, int measured, int64_t begin, i
       if (range_units(x + b * FQ_BLOCK, FQ_BLOCK, blocks - b, 1, high + b, high + b) >= FQ_INFINITY_BITS)
         note_bad(x, at, n, result);
     uint8_t *to = job->data + at / FQ_BLOCK * BLOCK_BYTES;
-    for (int64_t b = 0; b < blocks; b++, to += BLOCK_BYTES) {
+    for (int64_t b = 0; b < blocks; b++) {
       const int e = exponent_of(high[b]);
-      const vf step = vf_set(half_power(e)), one = vf_set(1), none = vf_set(0);
+      set_power(e, scale + b, inverse + b);
+      to[b * BLOCK_BYTES] = (uint8_t)e;
+    }
+    for (int64_t b = 0; b < blocks; b += 2, to += 2 * BLOCK_BYTES) {
       int8_t codes[FQ_STEP];
-      vi code[FQ_STEP / FQ_LANES];
-      if (b % 2 == 0)
-        fetch_step(&next, measured);
-      memset(code, 0, sizeof code);
-      for (int v = 0; v < FQ_BLOCK / FQ_LANES; v++) {
-        const int64_t i = b * FQ_BLOCK + v * FQ_LANES;
-        const vi bits = vf_bits(vf_load(x + i));
-        const vf magnitude = vi_float(vi_and(bits, vi_set(INT32_MAX)));
-        vf count = none; /* of values passed: on a bound it is the one nearer to 0 */
-        for (int k = 0; k < 7; k++)
-          count = vf_add(count, vf_where_less(vf_mul(step, vf_set(bounds[k])), magnitude, one, none));
-        const vi index = vf_truncate(count), minus = vi_and(vi_shift_28(bits), vi_set(8));
-        code[v] = vi_and(vi_or(index, minus), vi_sub(vi_set(0), vf_truncate(vf_where_zero(count, none, one))));
+      vi place[FQ_STEP / FQ_LANES];
+      fetch_step(&next, measured);
+      for (int v = 0; v < FQ_STEP / FQ_LANES; v++) {
+        const int64_t i = b * FQ_BLOCK + v * FQ_LANES, block = i / FQ_BLOCK;
+        place[v] = vf_count_below(vf_mul(vf_load(x + i), vf_set(inverse[block])), &bounds);
         if (measured)
-          vf_store(again + i, vf_mul(vi_lookup_16(code[v], values), step));
+          vf_store(again + i, vf_mul(vi_lookup_16(place[v], values), vf_set(scale[block])));
       }
       pi parts[FQ_STEP / FQ_PART];
-      memcpy(parts, code, sizeof parts);
+      memcpy(parts, place, sizeof parts);
       pack_64(codes, parts);
-      to[0] = (uint8_t)e;
+      lookup_64(codes, codes_of_places);
       pack_halves_32(to + 1, codes);
+      if (b + 1 < blocks)
+        pack_halves_32(to + BLOCK_BYTES + 1, codes + FQ_BLOCK);
     }
     if (measured)
       measure(x, again, round_up(n, FQ_LANES), &next, result);

@@ -253,45 +253,34 @@ FQ_INLINE uint32_t may_move(const fq_rows *r, int length, float middle, const fq
   return vf_bits_less(zero, d->lx) & ~sure;
 }
 
-/* The scale; 0 where the row counts as zero, too: its codes are all 0, and so are the sums. */
-FQ_INLINE vf scale_of(const fq_descent *d) { return vf_where_less(vf_set(0), d->l2, vf_div(d->lx, d->l2), vf_set(0)); }
-
-/* The descent of a row of 16, an element in each lane, from the codes that inverse makes and their sums. Sums change
- * with a move alone: up to then all elements are tried against the same ones, and the next one that helps moves. The
- * codes, counted from 0, go to codes; the scale is the result. */
-FQ_INLINE float descend_row(const float *row, float inverse, float middle, float lx, float l2, float *codes) {
+/* The next move of a row of 16, an element in each lane of codes; whether there is one. Of all five turns' elements,
+ * next is the one whose turn it is. Sums change with a move alone: up to then all elements are tried against the same
+ * ones, and the next one that helps moves. No branch: which way it would go cannot be foreseen. */
+FQ_INLINE int32_t move_next(const float *row, float middle, float *codes, float *lx, float *l2, uint32_t *next) {
   static const float lanes[FQ_LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const vf zero = vf_set(0), none = vf_set(-INFINITY), x = vf_load(row), w = vf_mul(x, x), wx = vf_mul(w, x);
-  vf code = nearest_within(vf_mul(vf_set(inverse), x), -middle, middle - 1, 1);
-  vf share = vf_mul(wx, code), square = vf_mul(vf_mul(w, code), code);
-  for (uint32_t next = 0;;) { /* of all five turns' elements */
-    const vf sum_lx = vf_set(lx), sum_l2 = vf_set(l2), rest_lx = vf_sub(sum_lx, share),
-             rest_l2 = vf_sub(sum_l2, square);
-    const vf moved = nearest_within(vf_div(vf_mul(x, rest_l2), rest_lx), -middle, middle - 1, 0);
-    const vf its_share = vf_mul(wx, moved), its_square = vf_mul(vf_mul(w, moved), moved);
-    const vf its_lx = vf_add(rest_lx, its_share), its_l2 = vf_add(rest_l2, its_square);
-    const vf counted = vf_where_zero(vf_sub(moved, code), none, vf_where_less(zero, rest_lx, sum_l2, none));
-    const vf gain = vf_mul(vf_mul(its_lx, its_lx), counted), old_gain = vf_mul(vf_mul(sum_lx, sum_lx), its_l2);
-    const uint32_t better = vf_bits_less(old_gain, gain) & vf_bits_less(zero, its_l2);
-    if (better == 0)
-      break;
-    /* Behind those of this turn come those of the next one; those gone by have gone. */
-    next += (uint32_t)__builtin_ctz((better << FQ_LANES | better) >> next % FQ_LANES);
-    if (next >= 5 * FQ_LANES)
-      break;
-    _Alignas(64) float all_lx[FQ_LANES], all_l2[FQ_LANES];
-    vf_store(all_lx, its_lx);
-    vf_store(all_l2, its_l2);
-    const uint32_t lane = next++ % FQ_LANES;
-    lx = all_lx[lane];
-    l2 = all_l2[lane];
-    const vf others = vf_sub(vf_load(lanes), vf_set((float)lane));
-    code = vf_where_zero(others, moved, code);
-    share = vf_where_zero(others, its_share, share);
-    square = vf_where_zero(others, its_square, square);
-  }
-  vf_store(codes, code);
-  return l2 > 0 ? lx / l2 : 0;
+  const vf zero = vf_set(0), none = vf_set(-INFINITY), sum_lx = vf_set(*lx), sum_l2 = vf_set(*l2);
+  const vf x = vf_load(row), w = vf_mul(x, x), wx = vf_mul(w, x), code = vf_load(codes);
+  const vf rest_lx = vf_sub(sum_lx, vf_mul(wx, code)), rest_l2 = vf_sub(sum_l2, vf_mul(vf_mul(w, code), code));
+  const vf moved = nearest_within(vf_div(vf_mul(x, rest_l2), rest_lx), -middle, middle - 1, 0);
+  const vf its_lx = vf_add(rest_lx, vf_mul(wx, moved)), its_l2 = vf_add(rest_l2, vf_mul(vf_mul(w, moved), moved));
+  const vf counted = vf_where_zero(vf_sub(moved, code), none, vf_where_less(zero, rest_lx, sum_l2, none));
+  const vf gain = vf_mul(vf_mul(its_lx, its_lx), counted), old_gain = vf_mul(vf_mul(sum_lx, sum_lx), its_l2);
+  _Alignas(64) float all_lx[2 * FQ_LANES], all_l2[2 * FQ_LANES]; /* with the move, and without */
+  vf_store(all_lx, its_lx);
+  vf_store(all_l2, its_l2);
+  vf_store(all_lx + FQ_LANES, sum_lx);
+  vf_store(all_l2 + FQ_LANES, sum_l2);
+  const uint32_t better = vf_bits_less(old_gain, gain) & vf_bits_less(zero, its_l2);
+  /* Behind those of this turn come those of the next one; those gone by have gone. The highest bit stands for none. */
+  const uint32_t ahead = (better << FQ_LANES | better) >> *next % FQ_LANES;
+  const uint32_t element = *next + (uint32_t)__builtin_ctz(ahead | 1u << 31), lane = element % FQ_LANES;
+  const uint32_t moves = (better != 0) & (element < 5 * FQ_LANES);
+  *lx = all_lx[lane + FQ_LANES * (1 - moves)];
+  *l2 = all_l2[lane + FQ_LANES * (1 - moves)];
+  *next = element + 1;
+  const vf others = vf_sub(vf_load(lanes), vf_set((float)lane - (float)FQ_LANES * (float)(1 - moves)));
+  vf_store(codes, vf_where_zero(others, moved, code));
+  return (int32_t)moves;
 }
 
 /* Codes as ggml keeps them, in 8 bits. */

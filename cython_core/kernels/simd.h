@@ -19,6 +19,21 @@
 #define FQ_INLINE static inline __attribute__((always_inline))
 #endif
 
+/* The 15 bounds between 16 values in ascending order, in two forms for vf_count_below, which reads one of them.
+ *
+ * As a heap: the middle one at 1, what lies below the bound at k from 2k on, what lies above it from 2k + 1 on.
+ *
+ * By cells, where there are 32 lanes to look up at once: a lane times per_one, rounded as by adding `origin`, is in one
+ * of the cells -16 to 15, which stand in 32 places by their lowest five bits: the sum's last ones. A cell holds one
+ * bound, or infinity, and so many lie in the cells below it. Moreover `inner` and its negative are bounds, if it is not
+ * 0, of the cell of 0; lanes beyond `most`, if it is not 0, count as it does with their sign, also NaN. */
+typedef struct {
+  _Alignas(64) float heap[16];
+  float bound[32];
+  int32_t below[32];
+  float per_one, origin, inner, most;
+} fq_bounds;
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include "simd_avx512.h"
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -137,11 +152,10 @@ FQ_INLINE vf vf_where_less(vf a, vf b, vf x, vf y) {
   FQ_EACH r.p[k] = pf_where_less(a.p[k], b.p[k], x.p[k], y.p[k]);
   return r;
 }
-/* How many of 15 bounds lie below each lane, 0 for NaN. They stand as a heap: the middle one at 1, what lies below the
- * bound at k from 2k on, what lies above it from 2k + 1 on. */
-FQ_INLINE vi vf_count_below(vf a, const float *heap) {
+/* How many of 15 bounds lie below each lane; 0 for the NaN that x86 makes of 0 times infinity. */
+FQ_INLINE vi vf_count_below(vf a, const fq_bounds *bounds) {
   vi r;
-  FQ_EACH r.p[k] = pf_count_below(a.p[k], heap);
+  FQ_EACH r.p[k] = pf_count_below(a.p[k], bounds);
   return r;
 }
 /* The values at indices of 0 to 15. */

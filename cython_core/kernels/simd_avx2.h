@@ -125,8 +125,8 @@ FQ_INLINE void pack_quarters_64(uint8_t *to, const int8_t *codes) {
 }
 
 /* How many of 15 bounds lie below each lane: a search from the heap's root down to what would be its leaves. */
-FQ_INLINE pi pf_count_below(pf a, const float *heap) {
-  const __m256 upper = _mm256_loadu_ps(heap), lowest = _mm256_loadu_ps(heap + 8);
+FQ_INLINE pi pf_count_below(pf a, const fq_bounds *bounds) {
+  const __m256 upper = _mm256_loadu_ps(bounds->heap), lowest = _mm256_loadu_ps(bounds->heap + 8);
   __m256i at = _mm256_set1_epi32(1);
   for (int level = 0; level < 4; level++) {
     const __m256 bound = _mm256_permutevar8x32_ps(level < 3 ? upper : lowest, at);
@@ -160,6 +160,15 @@ FQ_INLINE void pack_halves_32(uint8_t *to, const int8_t *codes) {
 /* Bit 4 of 32 codes of 0 to 31: that of code i in bit i. */
 FQ_INLINE uint32_t pack_high_bits_32(const int8_t *codes) {
   return (uint32_t)_mm256_movemask_epi8(_mm256_slli_epi16(_mm256_loadu_si256((const __m256i *)codes), 3));
+}
+
+/* 64 indices of 0 to 15 become what a table has there. */
+FQ_INLINE void lookup_64(int8_t *codes, const uint8_t *table) {
+  const __m256i sixteen = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+  for (int i = 0; i < 64; i += 32) {
+    __m256i *at = (__m256i *)(codes + i);
+    _mm256_storeu_si256(at, _mm256_shuffle_epi8(sixteen, _mm256_loadu_si256(at)));
+  }
 }
 
 /* Elements 0 to 3 of so many rows as a part has lanes, that far apart: element i of every row in to[i]. */

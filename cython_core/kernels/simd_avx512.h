@@ -106,17 +106,40 @@ FQ_INLINE void pack_quarters_64(uint8_t *to, const int8_t *codes) {
   _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(_mm512_madd_epi16(pairs, _mm512_set1_epi32(0x00100001))));
 }
 
-/* How many of 15 bounds lie below each lane: a search from the heap's root down to what would be its leaves. */
-FQ_INLINE pi pf_count_below(pf a, const float *heap) {
-  const __m512 bounds = _mm512_loadu_ps(heap);
-  const __m512i one = _mm512_set1_epi32(1);
-  __m512i at = one;
-  for (int level = 0; level < 4; level++) {
-    const __mmask16 above = _mm512_cmp_ps_mask(a, _mm512_permutexvar_ps(at, bounds), _CMP_GT_OQ);
-    at = _mm512_add_epi32(at, at);
-    at = _mm512_mask_add_epi32(at, above, at, one);
+#define FQ_HAS_CELLS 1
+/* How many last places of `origin`, which is 1.5 times a power of two, are nearest to a * per_one, in the lowest bits.
+ */
+FQ_INLINE pi pf_cell(pf a, float per_one, float origin) {
+  if (per_one == 1)
+    return _mm512_castps_si512(_mm512_add_ps(a, _mm512_set1_ps(origin)));
+  return _mm512_castps_si512(_mm512_fmadd_ps(a, _mm512_set1_ps(per_one), _mm512_set1_ps(origin)));
+}
+/* What stands at an index's lowest five bits. */
+FQ_INLINE pf pf_lookup_32(pi index, const float *values) {
+  return _mm512_permutex2var_ps(_mm512_loadu_ps(values), index, _mm512_loadu_ps(values + 16));
+}
+FQ_INLINE pi pi_lookup_32(pi index, const int32_t *values) {
+  return _mm512_permutex2var_epi32(_mm512_loadu_si512(values), index, _mm512_loadu_si512(values + 16));
+}
+/* The count and one where a > b, or less one where a < b. */
+FQ_INLINE pi pi_count_above(pi count, pf a, pf b) {
+  return _mm512_mask_add_epi32(count, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), count, _mm512_set1_epi32(1));
+}
+FQ_INLINE pi pi_discount_below(pi count, pf a, pf b) {
+  return _mm512_mask_sub_epi32(count, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), count, _mm512_set1_epi32(1));
+}
+
+/* How many of 15 bounds lie below each lane: one comparison, with the bound of its cell. */
+FQ_INLINE pi pf_count_below(pf a, const fq_bounds *bounds) {
+  if (bounds->most != 0)
+    a = _mm512_range_ps(a, _mm512_set1_ps(bounds->most), 2); /* the lesser magnitude, a's sign */
+  const pi cell = pf_cell(a, bounds->per_one, bounds->origin);
+  pi count = pi_count_above(pi_lookup_32(cell, bounds->below), a, pf_lookup_32(cell, bounds->bound));
+  if (bounds->inner != 0) {
+    count = pi_count_above(count, a, _mm512_set1_ps(bounds->inner));
+    count = pi_count_above(count, a, _mm512_set1_ps(-bounds->inner));
   }
-  return _mm512_sub_epi32(at, _mm512_set1_epi32(16));
+  return count;
 }
 FQ_INLINE pf pi_lookup_16(pi index, const float *values) {
   return _mm512_permutexvar_ps(index, _mm512_loadu_ps(values));
@@ -139,6 +162,12 @@ FQ_INLINE void pack_halves_32(uint8_t *to, const int8_t *codes) {
 /* Bit 4 of 32 codes of 0 to 31: that of code i in bit i. */
 FQ_INLINE uint32_t pack_high_bits_32(const int8_t *codes) {
   return _mm256_test_epi8_mask(_mm256_loadu_si256((const __m256i *)codes), _mm256_set1_epi8(16));
+}
+
+/* 64 indices of 0 to 15 become what a table has there. */
+FQ_INLINE void lookup_64(int8_t *codes, const uint8_t *table) {
+  const __m512i sixteen = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
+  _mm512_storeu_si512(codes, _mm512_shuffle_epi8(sixteen, _mm512_loadu_si512(codes)));
 }
 
 /* Elements 0 to 3 of so many rows as a part has lanes, that far apart: element i of every row in to[i]. */

@@ -114,10 +114,10 @@ FQ_INLINE void pack_quarters_64(uint8_t *to, const int8_t *codes) {
 }
 
 /* How many of 15 bounds (from the second on, in any order) lie below each lane. */
-FQ_INLINE pi pf_count_below(pf a, const float *heap) {
+FQ_INLINE pi pf_count_below(pf a, const fq_bounds *bounds) {
   int32x4_t count = vdupq_n_s32(0);
   for (int k = 1; k < 16; k++)
-    count = vsubq_s32(count, vreinterpretq_s32_u32(vcgtq_f32(a, vdupq_n_f32(heap[k]))));
+    count = vsubq_s32(count, vreinterpretq_s32_u32(vcgtq_f32(a, vdupq_n_f32(bounds->heap[k]))));
   return count;
 }
 FQ_INLINE pf pi_lookup_16(pi index, const float *values) {
@@ -152,6 +152,12 @@ FQ_INLINE uint32_t pack_high_bits_32(const int8_t *codes) {
   uint8x16_t sums = vpaddq_u8(low, high); /* three rounds add up the eight bits of each byte */
   sums = vpaddq_u8(sums, sums);
   return vgetq_lane_u32(vreinterpretq_u32_u8(vpaddq_u8(sums, sums)), 0);
+}
+
+/* 64 indices of 0 to 15 become what a table has there. */
+FQ_INLINE void lookup_64(int8_t *codes, const uint8_t *table) {
+  for (int i = 0; i < 64; i += 16)
+    vst1q_s8(codes + i, vreinterpretq_s8_u8(vqtbl1q_u8(vld1q_u8(table), vreinterpretq_u8_s8(vld1q_s8(codes + i)))));
 }
 
 /* Elements 0 to 3 of so many rows as a part has lanes, that far apart: element i of every row in to[i]. */

@@ -138,10 +138,10 @@ FQ_INLINE void pack_quarters_64(uint8_t *to, const int8_t *codes) {
 }
 
 /* How many of 15 bounds (from the second on, in any order) lie below each lane. */
-FQ_INLINE pi pf_count_below(pf a, const float *heap) {
+FQ_INLINE pi pf_count_below(pf a, const fq_bounds *bounds) {
   __m128i count = _mm_setzero_si128();
   for (int k = 1; k < 16; k++)
-    count = _mm_sub_epi32(count, _mm_castps_si128(_mm_cmpgt_ps(a, _mm_set1_ps(heap[k]))));
+    count = _mm_sub_epi32(count, _mm_castps_si128(_mm_cmpgt_ps(a, _mm_set1_ps(bounds->heap[k]))));
   return count;
 }
 FQ_INLINE pf pi_lookup_16(pi index, const float *values) {
@@ -171,6 +171,15 @@ FQ_INLINE uint32_t pack_high_bits_32(const int8_t *codes) {
   const __m128i low = _mm_loadu_si128((const __m128i *)codes), high = _mm_loadu_si128((const __m128i *)(codes + 16));
   const int below = _mm_movemask_epi8(_mm_slli_epi16(low, 3)), above = _mm_movemask_epi8(_mm_slli_epi16(high, 3));
   return (uint32_t)below | (uint32_t)above << 16;
+}
+
+/* 64 indices of 0 to 15 become what a table has there. */
+FQ_INLINE void lookup_64(int8_t *codes, const uint8_t *table) {
+  const __m128i sixteen = _mm_loadu_si128((const __m128i *)table);
+  for (int i = 0; i < 64; i += 16) {
+    __m128i *at = (__m128i *)(codes + i);
+    _mm_storeu_si128(at, _mm_shuffle_epi8(sixteen, _mm_loadu_si128(at)));
+  }
 }
 
 /* Elements 0 to 3 of so many rows as a part has lanes, that far apart: element i of every row in to[i]. */

@@ -24,6 +24,7 @@ from fq_testing import (
 
 from flightquant.cython_core.engine import Engine
 from flightquant.errors import LayerError
+from flightquant.reference import nf4
 from flightquant.spec import Command
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -299,3 +300,49 @@ def test_searched_codes_at_the_edge_of_a_move(all_engines: list[Engine]) -> None
     for engine in all_engines[::3]:
         answer = engine.session(request({"w": weights}).schema, command).quantize(request({"w": weights})).batch
         check_row(answer, 0, expected, engine.isa)
+
+
+def around(points: Any, top: float) -> Any:
+    """Rows of 256 float32 weights up to ``top``, which each group of 16 holds: points and what is next to them."""
+    points = np.concatenate([points, 2.0 ** -np.arange(1, 150), [0]]).astype(np.float32)
+    points = np.concatenate([points, -points])
+    steps = np.concatenate([(points.view(np.int32) + step).view(np.float32) for step in (0, -1, 1, -2, 2)])
+    steps = steps[np.abs(steps) <= top]
+    groups = np.resize(steps, (-(-steps.size // 15 // 16) * 16, 15))
+    return np.insert(groups, 7, top, axis=1).reshape(-1, 256)
+
+
+def between(scheme: str) -> Any:
+    """What lies halfway between two values of nf4 or fp4, and where the cells end in which it is looked up."""
+    values = np.sort(nf4.VALUES[scheme])
+    return np.concatenate([(values[1:] + values[:-1]) / np.float32(2), (np.arange(16) + 0.5) / 15])
+
+
+# The same of floats with 1 bit of mantissa, and with 3.
+STEPS_4 = np.concatenate([np.arange(25) / 4, (np.arange(16) + 0.5) / 2.2])
+STEPS_8 = np.concatenate([np.ldexp(np.arange(33), e - 5) for e in range(-6, 9)])
+
+
+@pytest.mark.parametrize(
+    ("options", "points", "top"),
+    [
+        ({"scheme": "nf4"}, between("nf4"), 1),
+        ({"scheme": "fp4"}, between("fp4"), 1),
+        ({"scheme": "iq4_nl"}, np.concatenate([np.arange(32) * 8 + 4, np.arange(255) / 2]), 127),
+        ({"scheme": "mxfp4"}, STEPS_4, 6),
+        ({"scheme": "mxfp4", "packing": "gguf"}, STEPS_4, 6),
+        ({"scheme": "nvfp4"}, STEPS_4, 6),
+        ({"scheme": "mxfp8"}, STEPS_8, 448),
+        ({"scheme": "fp8_e4m3"}, STEPS_8, 448),
+        ({"scheme": "fp8_e5m2"}, STEPS_8 * 128, 57344),
+    ],
+    ids=lambda value: label(value) if isinstance(value, dict) else "",
+)
+def test_weights_next_to_the_bounds_of_small_floats(
+    options: dict[str, Any], points: Any, top: float, all_engines: list[Engine]
+) -> None:
+    command = Command.build(**options)
+    weights = around(points, top)
+    check_everywhere(
+        request({"w": weights}, "float32"), command, [reference_layer(weights, "float32", command)], all_engines
+    )
