@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flightquant.cython_core import active_isa
-from flightquant.cython_core._quantize import DTYPES, FAMILIES, JOB_WIDTH, SPEC_FIELDS, Plan, lay_out
+from flightquant.cython_core._kernels import DTYPES, FAMILIES
+from flightquant.cython_core._quantize import JOB_WIDTH, SPEC_FIELDS, Plan, lay_out
 from flightquant.cython_core.budget import ThreadBudget
 from flightquant.layers import Layer
 

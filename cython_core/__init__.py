@@ -8,7 +8,7 @@ import os
 _policy = os.environ.get("OMP_WAIT_POLICY")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 try:
-    from flightquant.cython_core._quantize import active_isa, available_isas
+    from flightquant.cython_core._kernels import active_isa, available_isas
 finally:
     if _policy is None:
         del os.environ["OMP_WAIT_POLICY"]

@@ -1,10 +1,10 @@
 """The kernels' way back: jobs that make weights of packed bytes, cut into tiles that run without the GIL."""
 
 from cython.parallel cimport prange
-from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
 
-include "kernels.pxi"
+include "tiles.pxi"
 
 RESTORE_FIELDS = (
     "weights", "data", "scales", "zeros", "restored", "n", "unit", "cols", "row_bytes", "family", "dtype", "bits",
@@ -16,13 +16,6 @@ those of ``fq_job`` (kernels/fq.h)."""
 cdef enum:
     WEIGHTS, DATA, SCALES, ZEROS, RESTORED, N, UNIT, COLS, ROW_BYTES, FAMILY, DTYPE, BITS, SHARED_SCALE, RESTORED_DTYPE
     PACKING, IN_BLOCKS, GROUP, JOB_COLUMNS
-
-
-cdef const fq_kernels *kernels_of(str isa) except NULL:
-    cdef const fq_kernels *found = fq_find(isa.encode())
-    if found == NULL:
-        raise ValueError(f"this machine has no instruction set {isa!r}")
-    return found
 
 
 cdef class Restorer:
@@ -63,13 +56,13 @@ cdef class Restorer:
         cdef int64_t i, count = 0
         for i in range(self._n_jobs):
             self._fill_job(i, &jobs[i, 0])
-            count += self._cut(i, NULL, 0)
+            count += cut(&self._jobs[i], i, NULL)
         self._tiles = <Tile *>calloc(max(count, 1), sizeof(Tile))
         self._results = <fq_result *>calloc(max(count, 1), sizeof(fq_result))
         if self._tiles == NULL or self._results == NULL:
             raise MemoryError()
         for i in range(self._n_jobs):
-            self.tiles += self._cut(i, self._tiles, self.tiles)
+            self.tiles += cut(&self._jobs[i], i, self._tiles + self.tiles)
         for i in range(self.tiles):
             self._results[i].first_bad = -1
         self._lay_out_unpacked()
@@ -88,34 +81,16 @@ cdef class Restorer:
         if job.packing == FQ_NESTED:
             job.packed, job.outer, job.scales = job.data + (job.n + 1) // 2, job.scales, NULL
 
-    cdef int64_t _cut(self, int64_t i, Tile *to, int64_t at) noexcept:
-        """Count a job's tiles, and write them from index ``at`` on if ``to`` is given: the cut of ``Plan``."""
-        cdef const fq_job *job = &self._jobs[i]
-        cdef int64_t begin = 0, end, count = 0
-        cdef int64_t step = FQ_TILE // job.unit * job.unit if job.unit <= FQ_TILE else FQ_TILE
-        if job.in_blocks:
-            step = FQ_EDGE * job.cols
-        while begin < job.n:
-            end = begin + step
-            if job.unit > FQ_TILE and not job.in_blocks:
-                end = min(end, begin - begin % job.unit + job.unit)
-            end = min(end, job.n)
-            if to != NULL:
-                to[at + count].job, to[at + count].begin, to[at + count].end = i, begin, end
-            count += 1
-            begin = end
-        return count
-
     cdef int _lay_out_unpacked(self) except -1:
         """Memory and tiles of the jobs whose codes are turned to rows first: as many bytes as they are given in."""
-        cdef int64_t i, row, rows, count = 0, nbytes = 0
+        cdef int64_t i, rows, count = 0, nbytes = 0
         cdef fq_job *job
         for i in range(self._n_jobs):
             job = &self._jobs[i]
             if job.packing in (FQ_GPTQ, FQ_GPTQ_V2, FQ_AWQ):
                 rows = job.n // job.cols
                 nbytes += rows * job.row_bytes
-                count += (rows + FQ_REPACK_ROWS - 1) // FQ_REPACK_ROWS
+                count += cut_evenly(rows, FQ_REPACK_ROWS, i, NULL)
         self._unpacked = <uint8_t *>malloc(max(nbytes, 1))
         self._unpack_tiles = <Tile *>calloc(max(count, 1), sizeof(Tile))
         self._unpack_ns = <int64_t *>calloc(max(count, 1), sizeof(int64_t))
@@ -124,15 +99,11 @@ cdef class Restorer:
         nbytes = 0
         for i in range(self._n_jobs):
             job = &self._jobs[i]
-            if job.packing not in (FQ_GPTQ, FQ_GPTQ_V2, FQ_AWQ):
-                continue
-            job.packed = self._unpacked + nbytes
-            rows, row = job.n // job.cols, 0
-            nbytes += rows * job.row_bytes
-            while row < rows:
-                self._unpack_tiles[self.unpack_tiles] = Tile(i, row, min(row + FQ_REPACK_ROWS, rows))
-                self.unpack_tiles += 1
-                row += FQ_REPACK_ROWS
+            if job.packing in (FQ_GPTQ, FQ_GPTQ_V2, FQ_AWQ):
+                job.packed = self._unpacked + nbytes
+                rows = job.n // job.cols
+                nbytes += rows * job.row_bytes
+                self.unpack_tiles += cut_evenly(rows, FQ_REPACK_ROWS, i, self._unpack_tiles + self.unpack_tiles)
         return 0
 
     def __dealloc__(self):
@@ -193,7 +164,6 @@ cdef class Restorer:
         if first_bad.shape[0] < self._n_jobs or nanoseconds.shape[0] < self._n_jobs:
             raise ValueError("an output is shorter than the jobs")
         cdef int64_t i, j
-        cdef fq_result *part
         for j in range(self._n_jobs):
             sums[j, 0] = sums[j, 1] = sums[j, 2] = sums[j, 3] = 0
             first_bad[j] = -1
@@ -201,12 +171,5 @@ cdef class Restorer:
         for i in range(self.unpack_tiles):
             nanoseconds[self._unpack_tiles[i].job] += self._unpack_ns[i]
         for i in range(self.tiles):
-            part, j = &self._results[i], self._tiles[i].job
-            sums[j, 0] += part.sum_x2
-            sums[j, 1] += part.sum_e2
-            sums[j, 2] += part.sum_xe
-            if part.max_error > sums[j, 3] or part.max_error != part.max_error:
-                sums[j, 3] = part.max_error
-            if first_bad[j] < 0:
-                first_bad[j] = part.first_bad
-            nanoseconds[j] += part.nanoseconds
+            j = self._tiles[i].job
+            add_up(&self._results[i], &sums[j, 0], &first_bad[j], &nanoseconds[j])

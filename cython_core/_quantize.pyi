@@ -4,15 +4,9 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import disjoint_base
 
-DTYPES: dict[str, int]
-FAMILIES: dict[str, int]
-PACKINGS: dict[str, int]
 SPEC_FIELDS: tuple[str, ...]
 JOB_WIDTH: int
 
-def available_isas() -> list[str]: ...
-def active_isa() -> str: ...
-def pin_team(cpus: list[int]) -> None: ...
 def lay_out(
     specs: npt.NDArray[np.int64],
     spec_of_row: npt.NDArray[np.int64],

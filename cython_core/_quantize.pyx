@@ -1,282 +1,20 @@
-"""The kernels' Python face: which instruction set, and a plan of tiles that runs without the GIL.
+"""A plan of tiles that runs without the GIL.
 
-A plan holds one job for each layer and cuts all of them into tiles, so that one large layer and many small ones both
+It holds one job for each layer and cuts all of them into tiles, so that one large layer and many small ones both
 fill the cores. The caller runs it slice by slice (``engine.py``), to look after deadlines and other callers in between.
 """
 
-from cython.parallel cimport parallel, prange, threadid
+from cython.parallel cimport prange
 from libc.math cimport INFINITY, NAN, isnan, log10, sqrt
-from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-import os
-
-include "kernels.pxi"
-
-cdef extern from *:
-    """
-    #ifdef __linux__
-    #include <sched.h>
-    static void fq_pin(int place, const int *cpus) {
-      cpu_set_t mask;
-      CPU_ZERO(&mask);
-      CPU_SET(cpus[place], &mask);
-      (void)sched_setaffinity(0, sizeof mask, &mask);
-    }
-    #else
-    static void fq_pin(int place, const int *cpus) { (void)place, (void)cpus; }
-    #endif
-    """
-    void fq_pin(int place, const int *cpus) noexcept nogil
-
-DTYPES = {"float32": FQ_F32, "float16": FQ_F16, "bfloat16": FQ_BF16, "float64": FQ_F64}
-FAMILIES = {  # by Scheme.family
-    **{f"int{bits}": FQ_INTEGER for bits in range(2, 9)},
-    "fp8_e4m3": FQ_FP8_E4M3, "fp8_e5m2": FQ_FP8_E5M2,
-    "q8_0": FQ_Q8_0, "q4_0": FQ_Q4_0, "q4_1": FQ_Q4_1, "q5_0": FQ_Q5_0, "q5_1": FQ_Q5_1,
-    "nf4": FQ_NF4, "fp4": FQ_FP4, "bnb8": FQ_BNB8,
-    "q2_k": FQ_Q2_K, "q3_k": FQ_Q3_K, "q4_k": FQ_Q4_K, "q5_k": FQ_Q5_K, "q6_k": FQ_Q6_K, "iq4_nl": FQ_IQ4_NL,
-    "mxfp4": FQ_MXFP4, "mxfp8": FQ_MXFP8, "nvfp4": FQ_NVFP4,
-    "arrowquant": FQ_ARROWQUANT, "mlx": FQ_MLX, "onnx": FQ_ONNX,
-    "fbgemm": FQ_FBGEMM, "mxfp4-ggml": FQ_MXFP4_GGML,
-    **{f"hqq{bits}": FQ_HQQ for bits in (8, 4, 3, 2)},
-}
-
-PACKINGS = {
-    "gptq": FQ_GPTQ, "gptq-v2": FQ_GPTQ_V2, "awq": FQ_AWQ, "bnb-nested": FQ_NESTED, "onnx": FQ_ZEROS_BEHIND,
-    "hqq": FQ_FOLDED,
-}
-"""Layouts that are made of packed integers, or of scales, at the end; all others are packed as they are made."""
-
-cdef enum:
-    NESTED_BLOCK = 256
-
-SPEC_FIELDS = (
-    "family", "dtype", "arithmetic", "scale_dtype", "bits", "symmetric", "shared_scale", "group_size", "block_bytes",
-    "flat", "in_blocks", "stored_bits", "packing", "row_tail", "shrinks",
-)
-"""Columns of the table of specs that ``lay_out`` takes; ``group_size`` 0 stands for a whole row."""
-
-cdef enum:  # columns of a job matrix
-    WEIGHTS, DATA, SCALES, ZEROS, N, UNIT, COLS, ROW_BYTES, FAMILY, DTYPE, ARITHMETIC, SCALE_DTYPE, BITS, SYMMETRIC
-    SHARED_SCALE, IN_BLOCKS, DATA_BYTES, SCALE_COUNT, PACKING, SCRATCH, IMPORTANCE, SHRINKS, GROUP, JOB_COLUMNS
+include "tiles.pxi"
+include "layout.pxi"
 
 cdef enum:  # steps of a plan
     REDUCE, SEARCH, QUANTIZE, REPACK, NEST, COMPARE
-
-JOB_WIDTH = JOB_COLUMNS
-
-
-cdef int64_t folded(int64_t n, int64_t unit, int64_t bits) noexcept:
-    """Packed bytes of n codes in groups of ``unit``, several in each; of 3 bits, words."""
-    cdef int64_t fold = 2 if bits == 4 else 4 if bits == 2 else 10
-    return (n // unit + fold - 1) // fold * unit
-
-
-def lay_out(
-    const int64_t[:, ::1] specs,
-    const int64_t[::1] spec_of_row,
-    const int64_t[::1] starts,
-    const int64_t[::1] lengths,
-    const int64_t[::1] importance,
-    const int64_t[:, ::1] matrix,
-    const uint8_t[::1] failed,
-    int64_t[:, ::1] jobs,
-    int64_t[::1] rows,
-    int64_t[:, ::1] offsets,
-    int64_t[::1] bytes_out,
-):
-    """Make one job of every row that has not failed and is not empty, and lay out the memory of the answers.
-
-    Parameters
-    ----------
-    specs : int64 array of shape (specs, len(SPEC_FIELDS))
-    spec_of_row : int64 array of shape (rows,)
-        Index into ``specs``.
-    starts, lengths : int64 array of shape (rows,)
-        Address and number of the weights.
-    importance : int64 array of shape (rows,)
-        Address of a float32 for each column, what its errors count in searches; 0 for none.
-    matrix : int64 array of shape (rows, 2)
-        Rows and columns of each tensor; the columns are a multiple of the group size, except with a flat scheme.
-    failed : uint8 array of shape (rows,)
-    jobs : int64 array of shape (rows, JOB_WIDTH), written
-        Of the jobs made; addresses of outputs are offsets in bytes, -1 for none.
-    rows : int64 array of shape (rows,), written
-        The row of each job.
-    offsets : int64 array of shape (3, rows + 1), written
-        Where each row's packed bytes, scales and zero points begin, counted in values.
-    bytes_out : int64 array of shape (rows,), written
-        Bytes of each row's outputs.
-
-    Returns
-    -------
-    tuple of int
-        Number of jobs, bytes of memory for what is packed a second time, and the sum of ``bytes_out``.
-    """
-    cdef int64_t scratch = 0, total = 0
-    cdef Py_ssize_t count = lay_out_rows(
-        specs, spec_of_row, starts, lengths, importance, matrix, failed, jobs, rows, offsets, bytes_out, &scratch,
-        &total,
-    )
-    return count, scratch, total
-
-
-cdef Py_ssize_t lay_out_rows(
-    const int64_t[:, ::1] specs, const int64_t[::1] spec_of_row, const int64_t[::1] starts, const int64_t[::1] lengths,
-    const int64_t[::1] importance, const int64_t[:, ::1] matrix, const uint8_t[::1] failed, int64_t[:, ::1] jobs,
-    int64_t[::1] rows, int64_t[:, ::1] offsets, int64_t[::1] bytes_out, int64_t *scratch, int64_t *total,
-) except -1:
-    """``lay_out``; the number of jobs."""
-    cdef Py_ssize_t count = 0, i
-    cdef int64_t group_size, block_bytes, data, scales, zeros
-    cdef const int64_t[:] spec
-    cdef int64_t[:] job
-    offsets[0, 0] = offsets[1, 0] = offsets[2, 0] = 0
-    for i in range(lengths.shape[0]):
-        data = scales = zeros = 0
-        if not failed[i] and lengths[i] > 0:
-            spec, job = specs[spec_of_row[i]], jobs[count]
-            group_size, block_bytes = spec[7], spec[8]
-            job[WEIGHTS], job[N], job[COLS] = starts[i], lengths[i], matrix[i, 1]
-            job[IMPORTANCE], job[IN_BLOCKS], job[SHRINKS] = importance[i], spec[10], spec[14]
-            # Units are whole vectors, two groups of 16 at a time: those of a row of an odd number join the next row's.
-            job[GROUP] = group_size if group_size else matrix[i, 1]
-            job[UNIT] = max(group_size, 32) if group_size else matrix[i, 1]
-            job[FAMILY], job[DTYPE], job[ARITHMETIC], job[SCALE_DTYPE] = spec[0], spec[1], spec[2], spec[3]
-            job[BITS], job[SYMMETRIC], job[SHARED_SCALE] = spec[4], spec[5], spec[6]
-            if spec[9]:
-                job[ROW_BYTES] = 0
-            elif block_bytes:
-                job[ROW_BYTES] = matrix[i, 1] // group_size * block_bytes
-            elif spec[13]:
-                job[ROW_BYTES] = matrix[i, 1] * spec[11] // 8 + spec[13]
-            elif spec[11] == 8:
-                job[ROW_BYTES] = matrix[i, 1]
-            else:
-                job[ROW_BYTES] = (matrix[i, 1] * spec[11] + 31) // 32 * 4
-            data = (lengths[i] * job[BITS] + 7) // 8 if spec[9] else matrix[i, 0] * job[ROW_BYTES]
-            if job[IN_BLOCKS]:
-                scales = (matrix[i, 0] + FQ_EDGE - 1) // FQ_EDGE * ((matrix[i, 1] + FQ_EDGE - 1) // FQ_EDGE)
-            elif not (block_bytes or spec[13]):
-                scales = 1 if job[SHARED_SCALE] else (lengths[i] + job[GROUP] - 1) // job[GROUP]
-                scales += job[FAMILY] == FQ_NVFP4
-            if not job[SYMMETRIC]:
-                zeros = scales
-            job[PACKING], job[SCRATCH] = spec[12], scratch[0]
-            if job[PACKING] == FQ_NESTED:
-                scratch[0] += scales * 4
-                data += scales
-                scales = (scales + NESTED_BLOCK - 1) // NESTED_BLOCK + 1
-            elif job[PACKING] == FQ_ZEROS_BEHIND and zeros:
-                data += matrix[i, 0] * ((matrix[i, 1] // job[GROUP] * job[BITS] + 7) // 8)
-            elif job[PACKING] == FQ_FOLDED:
-                scratch[0] += data
-                data = folded(lengths[i], job[UNIT], job[BITS]) * (4 if job[BITS] == 3 else 1)
-            elif job[PACKING] not in (FQ_AS_PACKED, FQ_ZEROS_BEHIND):
-                scratch[0] += data
-                data += scales * job[BITS] // 8
-            job[DATA] = offsets[0, i]
-            job[SCALES] = offsets[1, i] * 4 if scales else -1
-            job[ZEROS] = offsets[2, i] * 4 if zeros else -1
-            job[DATA_BYTES], job[SCALE_COUNT] = data, scales
-            rows[count] = i
-            count += 1
-        offsets[0, i + 1] = offsets[0, i] + data
-        offsets[1, i + 1] = offsets[1, i] + scales
-        offsets[2, i + 1] = offsets[2, i] + zeros
-        bytes_out[i] = data + 4 * (scales + zeros)
-        total[0] += bytes_out[i]
-    return count
-
-
-cdef class Layout:
-    """What ``lay_out`` is given and Plan made of, for batch after batch of as many rows that have one job each.
-
-    To ask NumPy for a dozen arrays' memory takes longer than all that is done with it.
-
-    Parameters
-    ----------
-    specs, ... bytes_out
-        As of :func:`lay_out`.
-    given_amax : float32 array of shape (rows,)
-        As of :class:`Plan`.
-    """
-
-    cdef const int64_t[:, ::1] _specs, _matrix
-    cdef const int64_t[::1] _spec_of_row, _starts, _lengths, _importance
-    cdef const uint8_t[::1] _failed
-    cdef int64_t[:, ::1] _jobs, _offsets
-    cdef int64_t[::1] _rows, _bytes_out
-    cdef const float[::1] _given_amax
-
-    def __cinit__(
-        self, specs, spec_of_row, starts, lengths, importance, matrix, failed, jobs, rows, offsets, bytes_out,
-        given_amax,
-    ):
-        self._specs, self._spec_of_row, self._starts, self._lengths = specs, spec_of_row, starts, lengths
-        self._importance, self._matrix, self._failed, self._jobs = importance, matrix, failed, jobs
-        self._rows, self._offsets, self._bytes_out, self._given_amax = rows, offsets, bytes_out, given_amax
-
-    def lay_out(self):
-        """``lay_out``: bytes of memory for what is packed a second time, and of all outputs."""
-        cdef int64_t scratch = 0, total = 0
-        lay_out_rows(
-            self._specs, self._spec_of_row, self._starts, self._lengths, self._importance, self._matrix, self._failed,
-            self._jobs, self._rows, self._offsets, self._bytes_out, &scratch, &total,
-        )
-        return scratch, total
-
-    def plan(
-        self, str isa, bint measure, uintptr_t data, uintptr_t scales, uintptr_t zeros, uintptr_t scratch, owner
-    ):
-        """A :class:`Plan` of what was laid out last."""
-        cdef Plan plan = Plan.__new__(Plan)
-        plan._make(self._jobs, self._given_amax, isa, measure, data, scales, zeros, scratch, owner)
-        return plan
-
-
-def pin_team(cpus):
-    """Bind each thread of the calling thread's team to one of these CPUs.
-
-    A team that wakes for a few milliseconds at a time may be left on one CPU for as long: the scheduler looks for an
-    idle one only among those that share a cache.
-    """
-    cdef int[1024] places
-    cdef int count = min(len(cpus), 1024), i
-    for i in range(count):
-        places[i] = cpus[i]
-    with nogil, parallel(num_threads=count):
-        fq_pin(threadid(), places)
-
-
-def available_isas():
-    """Names of the instruction sets that this build and this machine have, best first."""
-    names = []
-    cdef const char *name = fq_available(0)
-    while name != NULL:
-        names.append(name.decode())
-        name = fq_available(len(names))
-    return names
-
-
-def _choose_isa():
-    names = available_isas()
-    wanted = os.environ.get("FLIGHTQUANT_ISA")
-    if wanted is None:
-        return names[0]
-    if wanted not in names:
-        raise ImportError(f"FLIGHTQUANT_ISA is {wanted!r}; expected one of {', '.join(names)} on this machine")
-    return wanted
-
-
-_ACTIVE = _choose_isa()
-
-
-def active_isa():
-    """Name of the instruction set in use: the best one, or what the environment's FLIGHTQUANT_ISA names."""
-    return _ACTIVE
 
 
 def quality_columns(
@@ -349,7 +87,7 @@ cdef class Plan:
             Magnitude to use in place of the largest one found, for symmetric jobs with one scale and for nvfp4; NaN for
             none.
         isa : str
-            One of ``available_isas()``.
+            One of ``_kernels.available_isas()``.
         measure : bool
             Fill the quality sums.
         data, scales, zeros, scratch : int
@@ -367,9 +105,7 @@ cdef class Plan:
     ) except -1:
         if jobs.shape[1] != JOB_COLUMNS or given_amax.shape[0] != jobs.shape[0]:
             raise ValueError(f"expected a matrix of {JOB_WIDTH} columns, got {jobs.shape[1]}")
-        self._kernels = fq_find(isa.encode())
-        if self._kernels == NULL:
-            raise ValueError(f"instruction set {isa!r} is not one of {', '.join(available_isas())}")
+        self._kernels = kernels_of(isa)
         self._matrix = jobs
         self._n_jobs = jobs.shape[0]
         self._jobs = <fq_job *>calloc(max(self._n_jobs, 1), sizeof(fq_job))
@@ -413,11 +149,12 @@ cdef class Plan:
             self.nested = self._n_jobs
 
     cdef int _cut_tiles(self) except -1:
-        cdef int64_t i, count = 0, reduced = 0
+        cdef int64_t i, tiles, count = 0, reduced = 0
         for i in range(self._n_jobs):
-            count += self._cut(i, NULL, 0)
+            tiles = cut(&self._jobs[i], i, NULL)
+            count += tiles
             if self._needs_reduce(i):
-                reduced += self._cut(i, NULL, 0)
+                reduced += tiles
         self._tiles = <Tile *>calloc(max(count, 1), sizeof(Tile))
         self._results = <fq_result *>calloc(max(count, 1), sizeof(fq_result))
         self._reduce_tiles = <Tile *>calloc(max(reduced, 1), sizeof(Tile))
@@ -425,9 +162,9 @@ cdef class Plan:
         if self._tiles == NULL or self._results == NULL or self._reduce_tiles == NULL or self._reduced == NULL:
             raise MemoryError()
         for i in range(self._n_jobs):
-            self.tiles += self._cut(i, self._tiles, self.tiles)
+            self.tiles += cut(&self._jobs[i], i, self._tiles + self.tiles)
             if self._needs_reduce(i):
-                self.reduce_tiles += self._cut(i, self._reduce_tiles, self.reduce_tiles)
+                self.reduce_tiles += cut(&self._jobs[i], i, self._reduce_tiles + self.reduce_tiles)
         for i in range(self.reduce_tiles):
             if self._jobs[self._reduce_tiles[i].job].shrinks:
                 self.search_tiles = self.reduce_tiles
@@ -435,14 +172,14 @@ cdef class Plan:
         if self._errors == NULL:
             raise MemoryError()
         for i in range(self._n_jobs):
-            self.repack_tiles += self._cut_rows(i, NULL, 0)
+            self.repack_tiles += self._cut_rows(i, NULL)
         self._repack_tiles = <Tile *>calloc(max(self.repack_tiles, 1), sizeof(Tile))
         self._repack_ns = <int64_t *>calloc(max(self.repack_tiles, 1), sizeof(int64_t))
         if self._repack_tiles == NULL or self._repack_ns == NULL:
             raise MemoryError()
         count = 0
         for i in range(self._n_jobs):
-            count += self._cut_rows(i, self._repack_tiles, count)
+            count += self._cut_rows(i, self._repack_tiles + count)
         for i in range(self.tiles):
             self._results[i].first_bad = -1
         for i in range(self.reduce_tiles):
@@ -459,42 +196,14 @@ cdef class Plan:
             return False
         return job.shared_scale or job.unit > FQ_TILE
 
-    cdef int64_t _cut(self, int64_t i, Tile *to, int64_t at) noexcept:
-        """Count a job's tiles, and write them from index ``at`` on if ``to`` is given.
-
-        They are whole units, or parts of one; of a job with blocks, strips of whole rows.
-        """
+    cdef int64_t _cut_rows(self, int64_t i, Tile *to) noexcept:
+        """Tiles of a job that is packed a second time: rows, or packed values where they are folded."""
         cdef const fq_job *job = &self._jobs[i]
-        cdef int64_t begin = 0, end, count = 0
-        cdef int64_t step = FQ_TILE // job.unit * job.unit if job.unit <= FQ_TILE else FQ_TILE
-        if job.in_blocks:
-            step = FQ_EDGE * job.cols
-        while begin < job.n:
-            end = begin + step
-            if job.unit > FQ_TILE and not job.in_blocks:
-                end = min(end, begin - begin % job.unit + job.unit)
-            end = min(end, job.n)
-            if to != NULL:
-                to[at + count].job, to[at + count].begin, to[at + count].end = i, begin, end
-            count += 1
-            begin = end
-        return count
-
-    cdef int64_t _cut_rows(self, int64_t i, Tile *to, int64_t at) noexcept:
-        """The same of a job that is packed a second time, in rows, or packed values where they are folded."""
-        cdef const fq_job *job = &self._jobs[i]
-        cdef int64_t begin = 0, count = 0, rows = job.n // job.cols, step = FQ_REPACK_ROWS
         if job.packing in (FQ_AS_PACKED, FQ_NESTED) or (job.packing == FQ_ZEROS_BEHIND and job.zeros == NULL):
             return 0
         if job.packing == FQ_FOLDED:
-            rows, step = folded(job.n, job.unit, job.bits), FQ_TILE
-        while begin < rows:
-            if to != NULL:
-                to[at + count].job, to[at + count].begin = i, begin
-                to[at + count].end = min(begin + step, rows)
-            count += 1
-            begin += step
-        return count
+            return cut_evenly(folded(job.n, job.unit, job.bits), FQ_TILE, i, to)
+        return cut_evenly(job.n // job.cols, FQ_REPACK_ROWS, i, to)
 
     def __dealloc__(self):
         free(self._jobs)
@@ -740,15 +449,8 @@ cdef class Plan:
         for i in range(self.reduce_tiles):
             nanoseconds[self._reduce_tiles[i].job] += self._reduced[i].nanoseconds
         for i in range(self.tiles):
-            part, j = &self._results[i], self._tiles[i].job
-            sums[j, 0] += part.sum_x2
-            sums[j, 1] += part.sum_e2
-            sums[j, 2] += part.sum_xe
-            if part.max_error > sums[j, 3] or part.max_error != part.max_error:
-                sums[j, 3] = part.max_error
-            if first_bad[j] < 0:
-                first_bad[j] = part.first_bad
-            nanoseconds[j] += part.nanoseconds
+            j = self._tiles[i].job
+            add_up(&self._results[i], &sums[j, 0], &first_bad[j], &nanoseconds[j])
         for i in range(self.repack_tiles):
             nanoseconds[self._repack_tiles[i].job] += self._repack_ns[i]
         for i in range(self.reduce_tiles):

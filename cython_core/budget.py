@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from flightquant.cython_core._quantize import pin_team
+from flightquant.cython_core._kernels import pin_team
 
 
 def available_cpus() -> int:

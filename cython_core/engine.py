@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from flightquant.cython_core._quantize import Plan, active_isa, available_isas
+from flightquant.cython_core._kernels import active_isa, available_isas
+from flightquant.cython_core._quantize import Plan
 from flightquant.cython_core.answer import build_answer
 from flightquant.cython_core.budget import ThreadBudget, available_cpus
 from flightquant.cython_core.plain import plain_call

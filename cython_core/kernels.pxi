@@ -1,4 +1,4 @@
-# What the modules that call the kernels share: their interface (kernels/fq.h), tiles of jobs, a clock.
+# The kernels' interface: kernels/fq.h.
 
 from libc.stdint cimport int32_t, int64_t, uint8_t
 
@@ -82,24 +82,3 @@ cdef extern from "fq.h" nogil:
         void (*repack)(const fq_job *job, int64_t row, int64_t end) noexcept nogil
         void (*nest)(const fq_job *job) noexcept nogil
         void (*restore)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) noexcept nogil
-    const fq_kernels *fq_find(const char *name)
-    const char *fq_available(int i)
-
-cdef extern from "<time.h>" nogil:
-    ctypedef long time_t
-    struct timespec:
-        time_t tv_sec
-        long tv_nsec
-    enum:
-        CLOCK_MONOTONIC
-    int clock_gettime(int clock, timespec *to)
-
-
-cdef int64_t now() noexcept nogil:
-    cdef timespec time
-    clock_gettime(CLOCK_MONOTONIC, &time)
-    return <int64_t>time.tv_sec * 1000000000 + time.tv_nsec
-
-
-cdef struct Tile:
-    int64_t job, begin, end

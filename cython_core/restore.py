@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from flightquant.cython_core._dequantize import RESTORE_FIELDS, Restorer
+from flightquant.cython_core._kernels import DTYPES, FAMILIES, PACKINGS
 from flightquant.cython_core._memory import MIN_BYTES, OutputMemory
-from flightquant.cython_core._quantize import DTYPES, FAMILIES, PACKINGS
 from flightquant.cython_core.answer import NO_SCHEME, good_rows, quality, status_columns
 from flightquant.cython_core.engine import Answer, Engine, abort_on
 from flightquant.cython_core.output import Buffer

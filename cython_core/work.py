@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from flightquant.cython_core._quantize import DTYPES, FAMILIES, JOB_WIDTH, PACKINGS, Plan, lay_out
+from flightquant.cython_core._kernels import DTYPES, FAMILIES, PACKINGS
+from flightquant.cython_core._quantize import JOB_WIDTH, Plan, lay_out
 from flightquant.cython_core.output import Buffer, output_memory
 from flightquant.cython_core.validate import CheckedBatch, Request, read_global_amax, read_importance, read_overrides
 from flightquant.errors import InvalidRequestError
