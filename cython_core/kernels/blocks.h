@@ -57,7 +57,7 @@ FQ_INLINE void quantize_strip(const fq_job *job, int64_t begin, int64_t end, fq_
     range_blocks(job, begin + col, rows, width, u.high);
     for (int64_t b = 0; b < blocks; b++)
       if (u.high[b] >= FQ_INFINITY_BITS)
-        note_bad_weights(job, begin, end, result); /* pieces lie across the order of the weights */
+        FQ_NAME(note_bad_weights)(job, begin, end, result); /* pieces lie across the order of the weights */
     parameters_16(job, &u, 0);
     memcpy(scales + col / FQ_EDGE, u.scale, (size_t)blocks * sizeof(float));
     spread(&u, blocks, FQ_EDGE / FQ_BLOCK);

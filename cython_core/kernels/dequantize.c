@@ -420,7 +420,7 @@ static void restore_strip(const fq_job *job, int64_t begin, int64_t end, fq_resu
   }
   if (result->first_bad >= 0) { /* in the order of the pieces */
     result->first_bad = -1;
-    note_bad_weights(job, begin, end, result);
+    FQ_NAME(note_bad_weights)(job, begin, end, result);
   }
 }
 

@@ -9,6 +9,8 @@ enum { FQ_STEPS = 20 }; /* the most proximal steps of FQ_HQQ */
 void FQ_NAME(integer_reduce)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 void FQ_NAME(integer_parameters)(const fq_job *job, const fq_range *ranges, int64_t count, float *scales, float *zeros);
 void FQ_NAME(integer_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
+/* note_bad of weights that were not converted, in the order of the layer. */
+void FQ_NAME(note_bad_weights)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 void FQ_NAME(float8_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 void FQ_NAME(affine_reduce)(const fq_job *job, int64_t begin, int64_t end, fq_result *result);
 void FQ_NAME(affine_parameters)(const fq_job *job, const fq_range *ranges, int64_t count, float *scales, float *zeros);

@@ -156,6 +156,14 @@ static void pack(const fq_job *job, int64_t begin, int64_t n, int8_t *codes) {
   }
 }
 
+void FQ_NAME(note_bad_weights)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) {
+  _Alignas(64) float buffer[FQ_SPAN];
+  for (int64_t at = begin; at < end && result->first_bad < 0; at += FQ_SPAN) {
+    const int64_t n = end - at < FQ_SPAN ? end - at : FQ_SPAN;
+    note_bad(load_span(job, at, n, buffer), at, n, result);
+  }
+}
+
 void FQ_NAME(integer_reduce)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) {
   _Alignas(64) float buffer[FQ_SPAN];
   for (int64_t at = begin; at < end;) {
@@ -175,7 +183,7 @@ void FQ_NAME(integer_reduce)(const fq_job *job, int64_t begin, int64_t end, fq_r
     ends[1] = pi_highest(found.low);
     widen_ends(ends, job->dtype);
     if (ends[0] >= FQ_INFINITY_BITS || ends[1] >= FQ_INFINITY_BITS)
-      note_bad_weights(job, at, stop, result);
+      FQ_NAME(note_bad_weights)(job, at, stop, result);
     result->range.high = ends[0] > result->range.high ? ends[0] : result->range.high;
     result->range.low = ends[1] > result->range.low ? ends[1] : result->range.low;
     at = stop;

@@ -139,7 +139,7 @@ FQ_INLINE void span_parameters(const fq_job *job, const char *x, int64_t begin, 
     else
       highest = ranges_16(job, from, units - i, 0, u->high + i, u->low + i);
     if (highest >= FQ_INFINITY_BITS)
-      note_bad_weights(job, begin, begin + n, result);
+      FQ_NAME(note_bad_weights)(job, begin, begin + n, result);
     if (job->shrinks)
       shrink_16(job, begin + i * job->unit, units - i < FQ_LANES ? units - i : FQ_LANES, u->high + i, u->low + i);
     parameters_16(job, u, (int)i);

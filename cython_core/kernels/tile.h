@@ -328,16 +328,6 @@ FQ_INLINE void note_bad(const float *x, int64_t begin, int64_t n, fq_result *res
   }
 }
 
-/* The same of weights that were not converted. */
-static __attribute__((noinline)) void note_bad_weights(const fq_job *job, int64_t begin, int64_t end,
-                                                       fq_result *result) {
-  _Alignas(64) float buffer[FQ_SPAN];
-  for (int64_t at = begin; at < end && result->first_bad < 0; at += FQ_SPAN) {
-    const int64_t n = end - at < FQ_SPAN ? end - at : FQ_SPAN;
-    note_bad(load_span(job, at, n, buffer), at, n, result);
-  }
-}
-
 FQ_INLINE double add_lanes(vf a) {
   float lanes[FQ_LANES];
   vf_store(lanes, a);
