@@ -51,8 +51,8 @@ def machine(libraries: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def header(facts: Mapping[str, Any]) -> str:
-    """The machine in one line."""
-    return ", ".join(f"{key} {value}" for key, value in facts.items())
+    """The machine in one line, without libraries whose version is not known."""
+    return ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
 
 
 def _cpu_times() -> tuple[int, int]:

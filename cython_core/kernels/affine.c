@@ -143,8 +143,7 @@ void FQ_NAME(affine_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_
       joined_parameters(job, x, at, n, &u, result);
     fetcher next = fetch_after(job, at, n);
     quantize(job, &next, x, padded, &u, codes, again);
-    for (int64_t i = 0; i < n; i++)
-      job->data[at + i] = (uint8_t)codes[i] ^ 0x80;
+    store_raised(job->data + at, codes, n);
     if (job->measure) {
       for (int64_t i = n; i < round_up(n, FQ_LANES); i++) /* the zeros that fill x up need not have come back as such */
         again[i] = 0;

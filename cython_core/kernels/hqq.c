@@ -107,8 +107,7 @@ void FQ_NAME(hqq_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_res
       quantize_span(job, &next, x, padded, &g, 1, codes, again);
     else
       quantize_span(job, &next, x, padded, &g, 0, codes, again);
-    for (int64_t i = 0; i < n; i++)
-      job->data[at + i] = (uint8_t)codes[i] ^ 0x80;
+    store_raised(job->data + at, codes, n);
     if (job->measure)
       measure(x, again, round_up(n, FQ_LANES), &next, result);
     at = stop;

@@ -416,6 +416,12 @@ FQ_INLINE void measure(const float *x, const float *y, int64_t n, fetcher *next,
     memcpy(&result->max_error, &bits, sizeof bits);
 }
 
+/* n codes that were made less 128, for signed bytes. */
+FQ_INLINE void store_raised(uint8_t *to, const int8_t *codes, int64_t n) {
+  for (int64_t i = 0; i < n; i++)
+    to[i] = (uint8_t)codes[i] ^ 0x80;
+}
+
 /* float32 to the nearest bfloat16, ties to even; 0 and finite values only. */
 FQ_INLINE vf round_bf16(vf a) {
   const vi bits = vf_bits(a), odd = vi_and(vi_upper_half(bits), vi_set(1));
