@@ -1,6 +1,5 @@
 /* ggml's Q2_K to Q6_K (flightquant/reference/kquants.py): blocks of 256 weights in sub-blocks of 16 or 32, whose scales
  * are quantized themselves. */
-#define FQ_MANY_COPIES
 #include "search.h"
 
 enum { WIDE = 256, SUBS = FQ_SPAN / 16, WIDE_BLOCKS = FQ_SPAN / WIDE };

@@ -1,6 +1,5 @@
 /* calibration "mse" of integers (flightquant/reference/integer.py): ranges shrunk by the factor whose squared error is
  * the least. */
-#define FQ_MANY_COPIES
 #include "scaled.h"
 
 /* Trials that share a load of the weights: as many chains of sums; and all of them, in whole vectors. */

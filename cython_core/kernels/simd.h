@@ -12,8 +12,8 @@
 
 #include "fq.h"
 
-/* With the sanitizers' checks in each of its copies such a file compiles for minutes. */
-#if defined(__SANITIZE_ADDRESS__) && defined(FQ_MANY_COPIES)
+/* With the sanitizers' checks in each of its copies a file compiles for minutes. */
+#if defined(__SANITIZE_ADDRESS__)
 #define FQ_INLINE static inline
 #else
 #define FQ_INLINE static inline __attribute__((always_inline))
