@@ -92,9 +92,10 @@ void FQ_NAME(fbgemm_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_
         quantize_row(job, &next, x + i, round_up(rest, FQ_STEP), p, 1, codes, again + i);
       else
         quantize_row(job, &next, x + i, round_up(rest, FQ_STEP), p, 0, codes, again + i);
-      for (int64_t k = 0; job->bits == 8 && k < rest; k++)
-        codes[k] = (int8_t)((uint8_t)codes[k] ^ 0x80);
-      FQ_NAME(pack_codes)(job, at + i, rest, codes);
+      if (job->bits == 8)
+        store_raised(job->data + row * job->row_bytes + col, codes, rest);
+      else
+        FQ_NAME(pack_codes)(job, at + i, rest, codes);
       if (col + rest == job->cols)
         memcpy(job->data + row * job->row_bytes + used, p.tail, (size_t)(job->row_bytes - used));
       i += rest;

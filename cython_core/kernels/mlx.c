@@ -100,9 +100,9 @@ void FQ_NAME(mlx_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_res
     else
       quantize_span(job, &next, x, padded, &g, 0, 0, codes, again);
     if (job->bits == 8)
-      for (int64_t i = 0; i < n; i++)
-        codes[i] = (int8_t)((uint8_t)codes[i] ^ 0x80);
-    FQ_NAME(pack_codes)(job, at, n, codes);
+      store_raised(job->data + at, codes, n);
+    else
+      FQ_NAME(pack_codes)(job, at, n, codes);
     if (job->measure)
       measure(x, again, round_up(n, FQ_LANES), &next, result);
     at = stop;

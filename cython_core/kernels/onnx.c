@@ -98,9 +98,10 @@ void FQ_NAME(onnx_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_re
       quantize_span(job, &next, x, padded, &g, 1, codes, again);
     else
       quantize_span(job, &next, x, padded, &g, 0, codes, again);
-    for (int64_t i = 0; job->bits == 8 && i < n; i++)
-      codes[i] = (int8_t)((uint8_t)codes[i] ^ 0x80);
-    FQ_NAME(pack_codes)(job, at, n, codes);
+    if (job->bits == 8)
+      store_raised(job->data + at, codes, n);
+    else
+      FQ_NAME(pack_codes)(job, at, n, codes);
     if (job->measure)
       measure(x, again, round_up(n, FQ_LANES), &next, result);
     at = stop;

@@ -416,7 +416,7 @@ FQ_INLINE void measure(const float *x, const float *y, int64_t n, fetcher *next,
     memcpy(&result->max_error, &bits, sizeof bits);
 }
 
-/* n codes that were made less 128, for signed bytes. */
+/* n codes of 8 bits that were made less 128, for signed bytes, as they are stored; and back. */
 FQ_INLINE void store_raised(uint8_t *to, const int8_t *codes, int64_t n) {
   for (int64_t i = 0; i < n; i++)
     to[i] = (uint8_t)codes[i] ^ 0x80;
