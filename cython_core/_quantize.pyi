@@ -6,6 +6,7 @@ from typing_extensions import disjoint_base
 
 SPEC_FIELDS: tuple[str, ...]
 JOB_WIDTH: int
+STREAM_FROM: int
 
 def lay_out(
     specs: npt.NDArray[np.int64],

@@ -13,6 +13,9 @@ from libc.string cimport memcpy, memset
 include "tiles.pxi"
 include "layout.pxi"
 
+#: Plans of so many weights or more store packed bytes past the caches, which could not keep them (ADR 6).
+STREAM_FROM = 16 << 20
+
 cdef enum:  # steps of a plan
     REDUCE, SEARCH, QUANTIZE, REPACK, NEST, COMPARE
 
@@ -114,9 +117,13 @@ cdef class Plan:
             raise MemoryError()
         self._given_amax = given_amax
         self._owner = owner
-        cdef int64_t i
+        cdef int64_t i, size = 0
         for i in range(self._n_jobs):
             self._fill_job(i, measure, data, scales, zeros, scratch)
+            size += self._jobs[i].n
+        cdef bint large = size >= <int64_t>STREAM_FROM
+        for i in range(self._n_jobs):  # what is packed twice is read again at once
+            self._jobs[i].streams = large and self._jobs[i].packing in (FQ_AS_PACKED, FQ_ZEROS_BEHIND)
         self._cut_tiles()
         self.compared = self.tiles if self.nested and measure else 0
         return 0

@@ -59,7 +59,7 @@ cdef extern from "fq.h" nogil:
         float *outer
         int32_t packing
         int32_t family, dtype, arithmetic, scale_dtype, bits, symmetric, shared_scale, in_blocks, given_scales
-        int32_t shrinks, steps, measure, restored_dtype
+        int32_t shrinks, steps, measure, streams, restored_dtype
         void *restored
     ctypedef struct fq_range:
         int32_t high, low

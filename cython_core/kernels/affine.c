@@ -143,7 +143,7 @@ void FQ_NAME(affine_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_
       joined_parameters(job, x, at, n, &u, result);
     fetcher next = fetch_after(job, at, n);
     quantize(job, &next, x, padded, &u, codes, again);
-    store_raised(job->data + at, codes, n);
+    store_raised(job, job->data + at, codes, n);
     if (job->measure) {
       for (int64_t i = n; i < round_up(n, FQ_LANES); i++) /* the zeros that fill x up need not have come back as such */
         again[i] = 0;

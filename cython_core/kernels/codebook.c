@@ -143,7 +143,7 @@ static __attribute__((noinline)) void quantize_short(fetcher *next, const float 
 
 /* Write the codes of n weights from an index on. */
 FQ_INLINE void pack_span(const fq_job *job, int64_t begin, int64_t n, const codebook *book, const int8_t *nearest) {
-  uint8_t *to = job->data + begin / 2;
+  uint8_t apart[FQ_SPAN / 2], *place = job->data + begin / 2, *to = packed_place(job, place, apart);
   int64_t i = 0;
   for (; i + FQ_STEP <= n; i += FQ_STEP)
     pack_high_first_64(to + i / 2, nearest + i, book->codes);
@@ -152,6 +152,7 @@ FQ_INLINE void pack_span(const fq_job *job, int64_t begin, int64_t n, const code
     pack_high_first_64(bytes, nearest + i, book->codes);
     memcpy(to + i / 2, bytes, (size_t)((n - i + 1) / 2));
   }
+  store_packed(job, place, to, (n + 1) / 2);
 }
 
 FQ_INLINE void quantize_blocks(const fq_job *job, const codebook *book, int measured, int64_t begin, int64_t end,

@@ -153,7 +153,7 @@ static void restore_onnx(const fq_job *job, int64_t begin, int64_t n, float *y) 
     return;
   }
   int8_t codes[FQ_SPAN + FQ_STEP] = {0};
-  store_raised((uint8_t *)codes, (const int8_t *)job->data + begin, n);
+  raise_codes((uint8_t *)codes, (const int8_t *)job->data + begin, n);
   scale_units(job, begin, n, codes, signed_byte, y);
 }
 

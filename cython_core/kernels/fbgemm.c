@@ -93,7 +93,7 @@ void FQ_NAME(fbgemm_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_
       else
         quantize_row(job, &next, x + i, round_up(rest, FQ_STEP), p, 0, codes, again + i);
       if (job->bits == 8)
-        store_raised(job->data + row * job->row_bytes + col, codes, rest);
+        store_raised(job, job->data + row * job->row_bytes + col, codes, rest);
       else
         FQ_NAME(pack_codes)(job, at + i, rest, codes);
       if (col + rest == job->cols)

@@ -31,7 +31,7 @@ FQ_INLINE void quantize_span(const fq_job *job, fetcher *next, const char *x, in
     }
     pi parts[FQ_STEP / FQ_PART];
     memcpy(parts, code, sizeof parts);
-    pack_64(codes + at, parts);
+    store_64(codes + at, parts, u->streams);
   }
 }
 
@@ -61,8 +61,7 @@ FQ_FORMAT(e4m3, 1)
 FQ_FORMAT(e5m2, 0)
 
 static void copy(const fq_job *job, int64_t begin, int64_t n, int8_t *codes) {
-  if (codes != (int8_t *)job->data + begin)
-    memcpy(job->data + begin, codes, (size_t)n);
+  store_packed(job, job->data + begin, (const uint8_t *)codes, n);
 }
 
 void FQ_NAME(float8_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_result *result) {

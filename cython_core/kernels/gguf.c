@@ -158,6 +158,7 @@ FQ_INLINE void quantize_blocks(const fq_job *job, const block_format *f, int mea
                                fq_result *result) {
   _Alignas(64) float buffer[FQ_SPAN], again[FQ_SPAN];
   _Alignas(64) int8_t codes[FQ_SPAN];
+  uint8_t apart[FQ_BLOCKS * (FQ_BLOCK + 2)];
   span_scales s;
   memset(&s, 0, sizeof s);
   const int q8 = f->bits == 8;
@@ -196,9 +197,10 @@ FQ_INLINE void quantize_blocks(const fq_job *job, const block_format *f, int mea
       memcpy(parts, code, sizeof parts);
       pack_64(codes + i, parts);
     }
-    uint8_t *to = job->data + at / FQ_BLOCK * block_bytes(f);
-    for (int64_t b = 0; b < blocks; b++, to += block_bytes(f))
-      store_block(to, f, &s, b, codes + b * FQ_BLOCK);
+    uint8_t *place = job->data + at / FQ_BLOCK * block_bytes(f), *to = packed_place(job, place, apart);
+    for (int64_t b = 0; b < blocks; b++)
+      store_block(to + b * block_bytes(f), f, &s, b, codes + b * FQ_BLOCK);
+    store_packed(job, place, to, blocks * block_bytes(f));
     if (measured)
       measure(x, again, round_up(n, FQ_LANES), &next, result);
     at = stop;

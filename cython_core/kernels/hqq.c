@@ -107,7 +107,7 @@ void FQ_NAME(hqq_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_res
       quantize_span(job, &next, x, padded, &g, 1, codes, again);
     else
       quantize_span(job, &next, x, padded, &g, 0, codes, again);
-    store_raised(job->data + at, codes, n);
+    store_raised(job, job->data + at, codes, n);
     if (job->measure)
       measure(x, again, round_up(n, FQ_LANES), &next, result);
     at = stop;

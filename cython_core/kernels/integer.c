@@ -62,7 +62,13 @@ FQ_INLINE void quantize_span(fetcher *next, const char *x, int64_t n, const span
     }
     pi parts[FQ_STEP / FQ_PART];
     memcpy(parts, code, sizeof parts);
-    pack_64_within(codes, parts, (int8_t)-half_range, (int8_t)(half_range - 1));
+    if (u->streams) {
+      _Alignas(64) int8_t line[FQ_LINE];
+      pack_64_within(line, parts, (int8_t)-half_range, (int8_t)(half_range - 1));
+      stream_line(codes, line);
+    } else {
+      pack_64_within(codes, parts, (int8_t)-half_range, (int8_t)(half_range - 1));
+    }
   }
 }
 
@@ -129,12 +135,12 @@ FQ_INLINE void pack_stream(uint8_t *to, const int8_t *codes, int64_t n, int bits
 static void pack(const fq_job *job, int64_t begin, int64_t n, int8_t *codes) {
   const int64_t row = begin / job->cols, col = begin % job->cols;
   const int bits = job->bits, whole_rows = job->row_bytes * 8 == job->cols * bits;
-  uint8_t *to = job->data + row * job->row_bytes + col * bits / 8;
+  uint8_t apart[FQ_SPAN + 8], *place = job->data + row * job->row_bytes + col * bits / 8;
   if (bits == 8) {
-    if ((uint8_t *)codes != to)
-      memcpy(to, codes, (size_t)n);
+    store_packed(job, place, (const uint8_t *)codes, n);
     return;
   }
+  uint8_t *to = bits == 4 || bits == 2 ? packed_place(job, place, apart) : apart;
   int64_t i = 0;
   if (bits == 4)
     for (; i + FQ_STEP <= n; i += FQ_STEP)
@@ -143,13 +149,15 @@ static void pack(const fq_job *job, int64_t begin, int64_t n, int8_t *codes) {
     for (; i + FQ_STEP <= n; i += FQ_STEP)
       pack_quarters_64(to + i / 4, codes + i);
   if (i < n) {
-    uint8_t rest[FQ_SPAN + 8];
     const int64_t padded = round_up(n, 8);
+    uint8_t *rest = apart + i * bits / 8;
     for (int64_t k = n; k < padded; k++)
       codes[k] = (int8_t)-(1 << (bits - 1));
     pack_stream(rest, codes + i, padded - i, bits);
-    memcpy(to + i * bits / 8, rest, (size_t)(((n - i) * bits + 7) / 8));
+    if (to != apart)
+      memcpy(to + i * bits / 8, rest, (size_t)(((n - i) * bits + 7) / 8));
   }
+  store_packed(job, place, to, (n * bits + 7) / 8);
   if (!whole_rows && col + n == job->cols) {
     const int64_t used = (job->cols * bits + 7) / 8;
     memset(job->data + row * job->row_bytes + used, 0, (size_t)(job->row_bytes - used));

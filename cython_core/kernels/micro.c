@@ -90,6 +90,7 @@ typedef struct {
   /* nvfp4: where it is above 0 vf_quotient does not hold, or may lose the sign of what rounds to 0, or quotients are
    * too large. */
   vi careful;
+  int streams; /* codes are stored where they stay, past the caches */
 } span_scales;
 
 /* Powers of two for 16 groups: the magnitude's own, rounded up from 1.75 times one, over the element's. */
@@ -155,7 +156,7 @@ FQ_INLINE void quantize_span(const micro *f, int careful, int measured, fetcher 
     }
     pi parts[FQ_STEP / FQ_PART];
     memcpy(parts, code, sizeof parts);
-    pack_64(codes + at, parts);
+    store_64(codes + at, parts, s->streams);
     if (f->element->bits == 3)
       settle_e2m1(codes + at);
   }
@@ -168,7 +169,7 @@ static __attribute__((noinline)) void quantize_extreme(fetcher *next, const floa
 
 /* Write the 4-bit codes of n weights from an index on. */
 FQ_INLINE void pack_span(const fq_job *job, int64_t begin, int64_t n, const int8_t *codes) {
-  uint8_t *to = job->data + begin / 2;
+  uint8_t apart[FQ_SPAN / 2], *place = job->data + begin / 2, *to = packed_place(job, place, apart);
   int64_t i = 0;
   for (; i + FQ_STEP <= n; i += FQ_STEP)
     pack_nibbles_64(to + i / 2, codes + i);
@@ -177,6 +178,7 @@ FQ_INLINE void pack_span(const fq_job *job, int64_t begin, int64_t n, const int8
     pack_nibbles_64(rest, codes + i);
     memcpy(to + i / 2, rest, (size_t)(n - i) / 2);
   }
+  store_packed(job, place, to, n / 2);
 }
 
 FQ_INLINE void quantize_groups(const fq_job *job, const micro *f, int measured, int64_t begin, int64_t end,
@@ -205,15 +207,16 @@ FQ_INLINE void quantize_groups(const fq_job *job, const micro *f, int measured, 
     if (vi_highest(highest) >= FQ_INFINITY_BITS)
       note_bad(x, at, n, result);
     memcpy(job->scales + at / f->group, s.stored, (size_t)groups * sizeof(float));
-    int8_t *codes = f->element->bits == 7 && padded == n ? (int8_t *)job->data + at : bytes;
+    int8_t *codes = f->element->bits == 7 && stay_in_place(job, job->data + at, n) ? (int8_t *)job->data + at : bytes;
+    s.streams = job->streams && codes != bytes;
     if (vi_highest(s.careful) > 0)
       quantize_extreme(&next, x, padded, &s, codes, again);
     else
       quantize_span(f, 0, measured, &next, x, padded, &s, codes, again);
     if (f->element->bits == 3)
       pack_span(job, at, n, codes);
-    else if (codes == bytes)
-      memcpy(job->data + at, bytes, (size_t)n);
+    else
+      store_packed(job, job->data + at, (const uint8_t *)codes, n);
     if (measured)
       measure(x, again, round_up(n, FQ_LANES), &next, result);
     at = stop;

@@ -70,6 +70,7 @@ FQ_INLINE void set_power(int e, float *scale, float *inverse) {
 FQ_INLINE void quantize_blocks(const fq_job *job, int measured, int64_t begin, int64_t end, fq_result *result) {
   _Alignas(64) float buffer[FQ_SPAN], again[FQ_SPAN], scale[FQ_BLOCKS], inverse[FQ_BLOCKS];
   _Alignas(64) int32_t high[FQ_BLOCKS];
+  uint8_t apart[FQ_BLOCKS * BLOCK_BYTES];
   memset(scale, 0, sizeof scale); /* an odd last block has a neighbour of zeros */
   memset(inverse, 0, sizeof inverse);
   for (int64_t at = begin; at < end;) {
@@ -79,13 +80,13 @@ FQ_INLINE void quantize_blocks(const fq_job *job, int measured, int64_t begin, i
     for (int64_t b = 0; b < blocks; b += FQ_LANES)
       if (range_units(x + b * FQ_BLOCK, FQ_BLOCK, blocks - b, 1, high + b, high + b) >= FQ_INFINITY_BITS)
         note_bad(x, at, n, result);
-    uint8_t *to = job->data + at / FQ_BLOCK * BLOCK_BYTES;
+    uint8_t *place = job->data + at / FQ_BLOCK * BLOCK_BYTES, *to = packed_place(job, place, apart);
     for (int64_t b = 0; b < blocks; b++) {
       const int e = exponent_of(high[b]);
       set_power(e, scale + b, inverse + b);
       to[b * BLOCK_BYTES] = (uint8_t)e;
     }
-    for (int64_t b = 0; b < blocks; b += 2, to += 2 * BLOCK_BYTES) {
+    for (int64_t b = 0; b < blocks; b += 2) {
       int8_t codes[FQ_STEP];
       vi place[FQ_STEP / FQ_LANES];
       fetch_step(&next, measured);
@@ -99,10 +100,11 @@ FQ_INLINE void quantize_blocks(const fq_job *job, int measured, int64_t begin, i
       memcpy(parts, place, sizeof parts);
       pack_64(codes, parts);
       lookup_64(codes, codes_of_places);
-      pack_halves_32(to + 1, codes);
+      pack_halves_32(to + b * BLOCK_BYTES + 1, codes);
       if (b + 1 < blocks)
-        pack_halves_32(to + BLOCK_BYTES + 1, codes + FQ_BLOCK);
+        pack_halves_32(to + (b + 1) * BLOCK_BYTES + 1, codes + FQ_BLOCK);
     }
+    store_packed(job, place, to, blocks * BLOCK_BYTES);
     if (measured)
       measure(x, again, round_up(n, FQ_LANES), &next, result);
     at = stop;

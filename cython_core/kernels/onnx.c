@@ -99,7 +99,7 @@ void FQ_NAME(onnx_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_re
     else
       quantize_span(job, &next, x, padded, &g, 0, codes, again);
     if (job->bits == 8)
-      store_raised(job->data + at, codes, n);
+      store_raised(job, job->data + at, codes, n);
     else
       FQ_NAME(pack_codes)(job, at, n, codes);
     if (job->measure)

@@ -13,6 +13,7 @@ typedef struct {
   _Alignas(64) int32_t high[FQ_BLOCKS], low[FQ_BLOCKS];
   _Alignas(64) float scale[FQ_BLOCKS], inverse[FQ_BLOCKS], zero[FQ_BLOCKS];
   int shift;
+  int streams; /* codes are stored where they stay, past the caches */
   int careful; /* the shortcuts of the common loop do not hold for some scale */
 } span_units;
 
@@ -208,8 +209,9 @@ FQ_INLINE void quantize_tile(const fq_job *job, int64_t begin, int64_t end, fq_r
     fetcher next = fetch_after(job, at, n);
     if (joined)
       span_parameters(job, x, at, n, &u, result);
-    /* 8-bit codes are the packed bytes, if no step reaches past them. */
-    int8_t *codes = job->bits == 8 && padded == n ? (int8_t *)job->data + at : bytes;
+    /* 8-bit codes are the packed bytes. */
+    int8_t *codes = job->bits == 8 && stay_in_place(job, job->data + at, n) ? (int8_t *)job->data + at : bytes;
+    u.streams = job->streams && codes != bytes;
     quantizer(job, &next, x, padded, &u, codes, wide, again);
     packer(job, at, n, codes);
     /* not up to padded: past the last unit a step has no parameters */

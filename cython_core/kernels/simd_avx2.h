@@ -22,6 +22,8 @@ typedef __m256i pi;
 #define pf_truncate _mm256_cvttps_epi32
 #define pi_convert _mm256_cvtepi32_ps
 #define pf_set _mm256_set1_ps
+#define pi_stream(to, a) _mm256_stream_si256((__m256i *)(to), a) /* past the caches, to an aligned address */
+#define streams_end _mm_sfence
 #define pi_set _mm256_set1_epi32
 #define pf_load _mm256_loadu_ps
 #define pf_store _mm256_storeu_ps

@@ -22,6 +22,8 @@ typedef __m512i pi;
 #define pf_truncate _mm512_cvttps_epi32
 #define pi_convert _mm512_cvtepi32_ps
 #define pf_set _mm512_set1_ps
+#define pi_stream(to, a) _mm512_stream_si512((__m512i *)(to), a) /* past the caches, to an aligned address */
+#define streams_end _mm_sfence
 #define pi_set _mm512_set1_epi32
 #define pf_load _mm512_loadu_ps
 #define pf_store _mm512_storeu_ps

@@ -22,6 +22,8 @@ typedef int32x4_t pi;
 #define pf_truncate vcvtq_s32_f32
 #define pi_convert vcvtq_f32_s32
 #define pf_set vdupq_n_f32
+#define pi_stream(to, a) vst1q_s32((int32_t *)(to), a) /* its compilers have none past the caches */
+#define streams_end() ((void)0)
 #define pi_set vdupq_n_s32
 #define pf_load(a) vreinterpretq_f32_u8(vld1q_u8((const uint8_t *)(a)))
 #define pf_store vst1q_f32

@@ -19,6 +19,8 @@ typedef __m128i pi;
 #define pf_truncate _mm_cvttps_epi32
 #define pi_convert _mm_cvtepi32_ps
 #define pf_set _mm_set1_ps
+#define pi_stream(to, a) _mm_stream_si128((__m128i *)(to), a) /* past the caches, to an aligned address */
+#define streams_end _mm_sfence
 #define pi_set _mm_set1_epi32
 #define pf_load _mm_loadu_ps
 #define pf_store _mm_storeu_ps

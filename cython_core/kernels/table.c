@@ -24,7 +24,7 @@ static void search_errors(const fq_job *job, const fq_range *range, int64_t begi
     FQ_NAME(shrink_errors)(job, range, begin, end, errors);
 }
 
-static void quantize(const fq_job *job, int64_t begin, int64_t end, fq_result *result) {
+static void quantize_family(const fq_job *job, int64_t begin, int64_t end, fq_result *result) {
   switch (job->family) {
   case FQ_INTEGER:
     FQ_NAME(integer_quantize)(job, begin, end, result);
@@ -76,6 +76,12 @@ static void quantize(const fq_job *job, int64_t begin, int64_t end, fq_result *r
   default:
     FQ_NAME(gguf_quantize)(job, begin, end, result);
   }
+}
+
+static void quantize(const fq_job *job, int64_t begin, int64_t end, fq_result *result) {
+  quantize_family(job, begin, end, result);
+  if (job->streams)
+    streams_end(); /* what comes after it comes after these stores, for other threads too */
 }
 
 static void repack(const fq_job *job, int64_t row, int64_t end) {
