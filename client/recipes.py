@@ -11,7 +11,7 @@ from typing import Any
 
 from flightquant.client.presets import MIXTURES, PRESETS
 from flightquant.client.sources import Source, TensorMeta
-from flightquant.errors import InvalidRequestError
+from flightquant.errors import InvalidRequestError, shown
 from flightquant.reference import fits_groups, matrix_shape
 from flightquant.reference.numeric import F32
 from flightquant.schemes import SCHEMES, LayerSpec
@@ -168,7 +168,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in parsed.items()}
 
 
-def preset(name: str) -> dict[str, Any]:
+def preset(name: Any) -> dict[str, Any]:
     """A preset's keys.
 
     Raises
@@ -177,9 +177,9 @@ def preset(name: str) -> dict[str, Any]:
         There is none of this name.
     """
     known = available_presets()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise InvalidRequestError(
-            f'unknown preset "{name}"; expected one of {", ".join(known)}',
+            f"unknown preset {shown(name)}; expected one of {', '.join(known)}",
             field="preset",
             got=name,
             expected=tuple(known),
@@ -204,9 +204,7 @@ def _check_keys(given: Mapping[str, Any], allowed: Sequence[str], what: str) -> 
 
 
 def _wrong(key: str, got: Any, expected: str) -> InvalidRequestError:
-    return InvalidRequestError(
-        f'"{key}" in the recipe is {json.dumps(got, default=str)[:80]}; expected {expected}', field=key, got=got
-    )
+    return InvalidRequestError(f'"{key}" in the recipe is {shown(got)}; expected {expected}', field=key, got=got)
 
 
 def _typed(given: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from math import prod
 from typing import Any
 
@@ -12,14 +10,15 @@ import pyarrow as pa
 
 from flightquant import __version__
 from flightquant.cython_core import active_isa, available_isas
-from flightquant.errors import InvalidRequestError, TooLargeError
+from flightquant.errors import InvalidRequestError, TooLargeError, shown
 from flightquant.reference import fits_groups, fits_transpose, matrix_shape, packed_bytes, scale_count, whole_words
 from flightquant.schemes import LayerSpec
-from flightquant.spec import Command
+from flightquant.spec import Command, load_object
 from flightquant.wire import CONTRACT_VERSION
 
 MAX_BODY_BYTES = 16 << 20
 MAX_DIMENSIONS = 8
+_EXAMPLE = '{"scheme": "int4", "shapes": {"layer": [4096, 4096]}}'
 
 DESCRIPTIONS = {
     "schemes": "One JSON object per scheme: its options, defaults, packing and what it is bit-exact with",
@@ -64,19 +63,20 @@ def estimate(body: bytes) -> dict[str, Any]:
             got=len(body),
             expected=MAX_BODY_BYTES,
         )
-    try:
-        given = json.loads(body)
-    except (ValueError, RecursionError):
-        given = None
-    if not isinstance(given, dict) or not isinstance(given.get("shapes"), dict):
+    given = load_object(body, "body", _EXAMPLE, MAX_BODY_BYTES)
+    shapes = given.pop("shapes", None)
+    if not isinstance(shapes, dict):
         raise InvalidRequestError(
-            'the body is not a JSON object with "scheme" and "shapes"; expected one such as '
-            '{"scheme": "int4", "shapes": {"layer": [4096, 4096]}}',
+            f'the body has no object "shapes"; expected one such as {_EXAMPLE}',
             field="shapes",
             expected="an object of name to list of dimensions",
         )
-    shapes: Mapping[str, Any] = given.pop("shapes")
-    spec = Command.parse(given).layer_spec()
+    command = Command.parse(given)
+    if command.op != "quantize":
+        raise InvalidRequestError(
+            f'estimates have no op "{command.op}"; expected "quantize"', field="op", got=command.op, expected="quantize"
+        )
+    spec = command.layer_spec()
     layers = {name: _bytes_out(name, shape, spec) for name, shape in shapes.items()}
     return {"scheme": spec.scheme.name, "bytes_out": sum(layers.values()), "layers": layers}
 
@@ -85,10 +85,10 @@ def _bytes_out(name: str, shape: Any, spec: LayerSpec) -> int:
     good = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS and all(type(size) is int for size in shape)
     if not good or any(size < 0 for size in shape) or prod(shape) >= 2**63:
         raise InvalidRequestError(
-            f'the shape of "{name[:80]}" is {json.dumps(shape)[:80]}; expected at most {MAX_DIMENSIONS} dimensions, '
+            f'the shape of "{name[:80]}" is {shown(shape)}; expected at most {MAX_DIMENSIONS} dimensions, '
             "none negative, with a product below 2^63",
             field="shapes",
-            got=json.dumps(shape)[:80],
+            got=shown(shape),
         )
     rows, cols = matrix_shape(tuple(shape))
     if rows * cols == 0:

@@ -44,12 +44,14 @@ class TextFormatter(logging.Formatter):
     """``time level event key=value ...``; text values are quoted, so that no client's text can start a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as one line, its traceback below."""
+        """The record as one line; a traceback is a quoted text in it."""
         line = _record(record)
-        head = f"{line.pop('time')} {line.pop('level')} {line.pop('event')}"
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        # The event is our own word, or the span sender's, which quotes what a collector answered.
+        head = f"{line.pop('time')} {line.pop('level')} {' '.join(str(line.pop('event')).split())}"
         facts = [f"{key}={json.dumps(value, default=str)}" for key, value in line.items() if value is not None]
-        text = " ".join([head, *facts])
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+        return " ".join([head, *facts])
 
 
 class Writer(logging.Handler):

@@ -24,6 +24,7 @@ from flightquant.errors import ERRORS, ROW_STATUSES
 from flightquant.layers import NUMBERS, layer_class
 from flightquant.schemes import SCHEMES
 from flightquant.server.admission import Admission
+from flightquant.server.auth import ACTION_ROLES
 from flightquant.server.calls import UNKNOWN, Call
 from flightquant.server.collectors import Latency, Totals
 from flightquant.server.memory import memory_limit
@@ -31,7 +32,7 @@ from flightquant.spec import OPERATIONS
 
 STAGES = ("receive", "validate", "queue", "kernel", "write")
 COPY_SITES = ("transport", "service")
-ACTIONS = ("schemes", "estimate", "version")
+ACTIONS = tuple(ACTION_ROLES)
 OUTCOMES = ("ok", "cancelled", *ERRORS)
 REFUSALS = ("unauthenticated", "permission_denied", "overloaded", "draining")
 OTHER = "other"

@@ -6,7 +6,6 @@ Anything else is refused with the same words, whether it exists or not.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -33,7 +32,7 @@ from flightquant.server.admission import RETRY_AFTER_S, Admission
 from flightquant.server.calls import Call, CallCancelledError
 from flightquant.server.faults import Guard
 from flightquant.server.metrics import Metrics
-from flightquant.spec import MAX_COMMAND_BYTES, Command
+from flightquant.spec import Command, load_object
 from flightquant.wire import answer_schema
 
 MAX_FILES = 10_000
@@ -41,6 +40,10 @@ MAX_FILES = 10_000
 POLL_S = 0.2
 JOIN_S = 30.0
 SCHEMA = answer_schema(pa.schema([]))
+MAX_SINK_BYTES = 200
+"""Of a sink's own name: beside it stands a folder of a few letters more while the work goes on."""
+_EXAMPLE = '{"scheme": "int4", "source": "/models/a"}'
+_CONVERSION = '{"source": "/models/a", "sink": "/models/b", "recipe": {"preset": "local"}}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,8 @@ class Places:
         parent = os.path.dirname(path)
         if not _inside(parent, self.sinks) or not os.path.isdir(parent):
             raise _denied("sink")
+        if len(os.fsencode(os.path.basename(path))) > MAX_SINK_BYTES:
+            raise InvalidRequestError(f"the sink's name is longer than {MAX_SINK_BYTES} bytes", field="sink")
         return path
 
 
@@ -91,11 +96,14 @@ def _real(uri: object, field: str) -> str:
     """The path that a URI or an absolute path names, every link and ``..`` followed."""
     if not isinstance(uri, str) or not uri:
         raise InvalidRequestError(f'"{field}" is {str(uri)[:80]!r}; expected a path or a file:// URI', field=field)
-    parts = urlsplit(uri)
-    path = unquote(parts.path) if parts.scheme == "file" and not parts.netloc else uri
-    if "\0" in path or not os.path.isabs(path):
-        raise _denied(field)
-    return os.path.realpath(path)
+    try:
+        parts = urlsplit(uri)
+        path = unquote(parts.path) if parts.scheme == "file" and not parts.netloc else uri
+        if "\0" in path or not os.path.isabs(path):
+            raise _denied(field)
+        return os.path.realpath(path)
+    except ValueError:  # half an IPv6 address, or text that no file system can hold
+        raise _denied(field) from None
 
 
 def _inside(path: str, roots: tuple[Path, ...]) -> bool:
@@ -120,7 +128,7 @@ def read_request(raw: bytes) -> tuple[Command, str]:
     InvalidRequestError
         It is no command with a ``source``.
     """
-    given = _load(raw)
+    given = load_object(raw, example=_EXAMPLE)
     if "source" not in given:
         raise InvalidRequestError('the command has no "source"; expected a path or a file:// URI', field="source")
     source = given.pop("source")
@@ -128,22 +136,6 @@ def read_request(raw: bytes) -> tuple[Command, str]:
     if command.op != "quantize":
         raise InvalidRequestError(f'stored sources have no op "{command.op}"; expected "quantize"', field="op")
     return command, source
-
-
-def _load(raw: bytes) -> dict[str, Any]:
-    try:
-        if len(raw) > MAX_COMMAND_BYTES:
-            raise ValueError
-        given = json.loads(raw)
-    except (ValueError, RecursionError):
-        given = None
-    if not isinstance(given, dict):
-        raise InvalidRequestError(
-            f"the request is no JSON object of at most {MAX_COMMAND_BYTES} bytes; expected one such as "
-            '{"scheme": "int4", "source": "/models/a"}',
-            field="command",
-        )
-    return given
 
 
 class Stored:
@@ -208,11 +200,13 @@ class Stored:
         from flightquant.client.sources import open_source
 
         try:
-            return open_source(path)
+            source = open_source(path)
         except InvalidRequestError as error:
             raise InvalidRequestError("the source holds no weights in a format known here", field="source") from error
         except OSError as error:
             raise _denied("source") from error
+        source.label = "the source"  # in messages, where its own name could be that of what a link leads to
+        return source
 
     def _layers(self, source: Any) -> Iterator[Layer]:
         for name in source:
@@ -253,7 +247,7 @@ class Stored:
         FlightquantError
             As the contract says; nothing is left of the sink.
         """
-        given = _load(body)
+        given = load_object(body, "body", _CONVERSION)
         unknown = given.keys() - {"source", "sink", "recipe"}
         if unknown:
             raise InvalidRequestError(
@@ -268,9 +262,9 @@ class Stored:
         source, sink = self._places.source(given.get("source")), self._places.sink(given.get("sink"))
         from flightquant.client.recipes import Recipe
 
-        conversion = _Conversion(self, call, self._open(source), sink, Recipe.parse(recipe))
-        call.scheme = conversion.recipe.command.layer_spec().scheme.name
-        return conversion.run(context)
+        parsed = Recipe.parse(recipe)
+        call.scheme = parsed.command.layer_spec().scheme.name
+        return _Conversion(self, call, self._open(source), sink, parsed).run(context)
 
 
 class _Conversion:
@@ -281,7 +275,7 @@ class _Conversion:
         self._call = call
         self._source = source
         self._sink = sink
-        self.recipe = recipe
+        self._recipe = recipe
         self._stop = threading.Event()
         self._events: SimpleQueue[dict[str, Any] | BaseException] = SimpleQueue()
         self._thread = threading.Thread(target=self._convert, name="flightquant-conversion", daemon=True)
@@ -311,7 +305,7 @@ class _Conversion:
 
         try:
             with self._source as source:
-                result = convert(source, self._sink, self.recipe, self._quantize)
+                result = convert(source, self._sink, self._recipe, self._quantize)
             self._events.put(
                 {
                     "complete": True,
@@ -326,6 +320,11 @@ class _Conversion:
             self._events.put(InvalidRequestError(error.message, field="source"))
         except FileExistsError:
             self._events.put(InvalidRequestError("there is something at the sink already", field="sink"))
+        except InvalidRequestError as error:
+            # The client asked for another name than this, if a link led here.
+            text = error.message.replace(self._sink, "the sink")
+            text = text.replace(f'"{os.path.basename(self._sink)}"', "the sink")
+            self._events.put(InvalidRequestError(text, field=error.field, expected=error.expected))
         except BaseException as error:  # the call's own thread tells it
             self._events.put(error)
 

@@ -26,6 +26,7 @@ def test_every_scheme_is_documented(scheme: str) -> None:
     index = (ROOT / "docs/formats.md").read_text()
     assert f"`{scheme}`" in index
     assert f"`{scheme}`" in README
+    assert f'`"{scheme}"`' in CONTRACT
 
 
 @pytest.mark.parametrize("page", FORMATS)

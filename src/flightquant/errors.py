@@ -22,6 +22,16 @@ def clip_text(text: str, limit: int = MAX_MESSAGE_BYTES) -> str:
     return raw[: limit - 3].decode("utf-8", "ignore") + "..."
 
 
+def shown(value: Any, limit: int = 80) -> str:
+    """A value of a request as it stands in a message: text in quotes, else JSON, cut to ``limit`` characters."""
+    if isinstance(value, str):
+        return f'"{value[:limit]}"'
+    try:
+        return json.dumps(value, default=str)[:limit]
+    except RecursionError:
+        return f"a {type(value).__name__} nested too deeply"
+
+
 class FlightquantError(Exception):
     """Base of all errors: a sentence that a person can act on, and the facts a program needs.
 
@@ -65,7 +75,10 @@ class FlightquantError(Exception):
         def plain(value: Any) -> Any:
             if value is None or isinstance(value, bool | int | float):
                 return value
-            return clip_text(str(value), 200)
+            try:
+                return clip_text(str(value), 200)
+            except RecursionError:
+                return shown(value)
 
         expected = self.expected
         if isinstance(expected, list | tuple):

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
-from flightquant.errors import InvalidRequestError
+from flightquant.errors import InvalidRequestError, shown
 from flightquant.schemes import BLOCK_EDGE, NESTED, SCHEMES, LayerSpec
 
 OPERATIONS = ("quantize", "dequantize", "verify", "amax")
@@ -56,13 +56,8 @@ def _refuse(field: str, got: Any, expected: Any, why: str = "") -> InvalidReques
     listed = ", ".join(map(str, expected)) if isinstance(expected, list | tuple) else str(expected)
     reason = f"{why}; " if why else ""
     return InvalidRequestError(
-        f'{reason}"{field}" is {_shown(got)}; expected {listed}', field=field, got=got, expected=expected
+        f'{reason}"{field}" is {shown(got)}; expected {listed}', field=field, got=got, expected=expected
     )
-
-
-def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return f'"{text[:80]}"' if isinstance(value, str) else text[:80]
 
 
 _VALUES = {"op": OPERATIONS, "on_error": ON_ERROR, "dtype": RESTORED_DTYPES, "calibration": CALIBRATIONS}
@@ -121,7 +116,7 @@ class Command:
         """
         if isinstance(raw, bytes) and len(raw) <= MAX_KNOWN_BYTES:
             return _parsed(raw)
-        return cls._read(dict(raw) if isinstance(raw, Mapping) else _load_object(raw))
+        return cls._read(dict(raw) if isinstance(raw, Mapping) else load_object(raw))
 
     @classmethod
     def _read(cls, given: Mapping[str, Any]) -> Command:
@@ -195,37 +190,49 @@ def _built(**given: Any) -> Command:
 @lru_cache(maxsize=256)
 def _parsed(raw: bytes) -> Command:
     """A command of one of the last calls: most calls say the same."""
-    return Command._read(_load_object(raw))
+    return Command._read(load_object(raw))
 
 
-def _load_object(raw: bytes | str) -> dict[str, Any]:
-    if len(raw) > MAX_COMMAND_BYTES:
+_EXAMPLE = '{"op": "quantize", "scheme": "int4", "group_size": 128}'
+
+
+def load_object(
+    raw: bytes | str, field: str = "command", example: str = _EXAMPLE, limit: int = MAX_COMMAND_BYTES
+) -> dict[str, Any]:
+    """What a caller sent as ``field``: a JSON object in UTF-8, in which no object names a key twice.
+
+    Raises
+    ------
+    InvalidRequestError
+        It is none, or longer than ``limit`` bytes.
+    """
+    if len(raw) > limit:
         raise InvalidRequestError(
-            f"the command is {len(raw)} bytes long; expected at most {MAX_COMMAND_BYTES}",
-            field="command",
-            got=len(raw),
-            expected=MAX_COMMAND_BYTES,
+            f"the {field} is {len(raw)} bytes long; expected at most {limit}", field=field, got=len(raw), expected=limit
         )
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen = dict(pairs)
         if len(seen) != len(pairs):
-            raise InvalidRequestError("the command names a key twice; expected each key once", field="command")
+            raise InvalidRequestError(f"the {field} names a key twice; expected each key once", field=field)
         return seen
 
     try:
-        parsed = json.loads(raw, object_pairs_hook=unique)
+        # Not the bytes themselves: of these UTF-16, UTF-32 and lone surrogates would pass.
+        text = raw.decode() if isinstance(raw, bytes) else raw
+        parsed = json.loads(text, object_pairs_hook=unique)
+    except InvalidRequestError:
+        raise
     except (ValueError, RecursionError):
         raise InvalidRequestError(
-            "the command is not JSON; expected a UTF-8 JSON object such as "
-            '{"op": "quantize", "scheme": "int4", "group_size": 128}',
-            field="command",
+            f"the {field} is not JSON; expected a UTF-8 JSON object such as {example}",
+            field=field,
             expected="a JSON object",
         ) from None
     if not isinstance(parsed, dict):
         raise InvalidRequestError(
-            f"the command is a JSON {type(parsed).__name__}; expected a JSON object",
-            field="command",
+            f"the {field} is a JSON {type(parsed).__name__}; expected a JSON object such as {example}",
+            field=field,
             got=type(parsed).__name__,
             expected="a JSON object",
         )
@@ -290,7 +297,7 @@ def _layer_spec(command: Command) -> LayerSpec:
     scheme = SCHEMES.get(command.scheme)
     if scheme is None:
         raise InvalidRequestError(
-            f"unknown scheme {_shown(command.scheme)}; expected one of {', '.join(SCHEMES)}",
+            f"unknown scheme {shown(command.scheme)}; expected one of {', '.join(SCHEMES)}",
             field="scheme",
             got=command.scheme,
             expected=tuple(SCHEMES),

@@ -64,6 +64,18 @@ def test_what_the_span_sender_says_is_in_the_same_form(package_logger: logging.L
     assert json.loads(stream.getvalue())["event"] == "not sent"
 
 
+def test_the_text_form_keeps_to_one_line_too(package_logger: logging.Logger) -> None:
+    stream = io.StringIO()
+    logs.configure("error", "text", stream)
+    try:
+        raise KeyError("x\n2026-11-22 info call forged")
+    except KeyError:
+        logs.log.exception("a\nb", extra={"fields": {"request_id": "id-1"}})
+    package_logger.handlers[0].flush()
+    (line,) = stream.getvalue().splitlines()
+    assert ' error a b request_id="id-1" traceback="Traceback' in line
+
+
 def test_a_failure_of_ours_is_an_error_with_its_traceback(package_logger: logging.Logger) -> None:
     stream = io.StringIO()
     logs.configure("error", "json", stream)

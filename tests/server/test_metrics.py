@@ -24,6 +24,7 @@ from flightquant.cython_core import active_isa
 from flightquant.cython_core.engine import Engine
 from flightquant.errors import ERRORS
 from flightquant.schemes import SCHEMES
+from flightquant.server.actions import DESCRIPTIONS
 from flightquant.server.admission import Admission
 from flightquant.server.app import Server, running_server
 from flightquant.server.collectors import Latency, Totals
@@ -55,6 +56,8 @@ def test_every_label_set_exists_from_the_start() -> None:
                 samples["flightquant_exchanges_total"][(("op", "quantize"), ("outcome", outcome), ("scheme", scheme))]
                 == 0
             )
+    actions = {dict(labels)["action"] for labels in samples["flightquant_actions_total"]}
+    assert actions == {*DESCRIPTIONS, "other"}
     stages = {dict(labels)["stage"] for labels in samples["flightquant_stage_seconds_count"]}
     assert stages == {"receive", "validate", "queue", "kernel", "write"}
     assert {dict(labels)["direction"] for labels in samples["flightquant_payload_bytes_total"]} == {"in", "out"}

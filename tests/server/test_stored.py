@@ -126,6 +126,7 @@ def test_what_is_not_allowed_is_denied_with_the_same_words_whether_it_exists_or_
 ) -> None:
     sources = [f"{root}/{outside}" for outside in OUTSIDE]
     sources += [f"file://{root}/secret", f"file://{root}/allowed/%2e%2e/secret", "/etc/passwd", "s3://bucket/model"]
+    sources += ["file://[", "http://[::1", f"{root}/allowed/\ud800", "/\ud800", f"{root}/allowed/{'n' * 300}"]
     sources += ["allowed/model", "../secret", "file://host/etc", f"{root}/allowed/model\0", "http://localhost/x"]
     assert len({refusal(client, source) for source in sources}) == 1
 
@@ -140,8 +141,11 @@ def test_a_server_without_places_denies_all(root: Path) -> None:
 @pytest.mark.parametrize(
     ("raw", "word"),
     [
-        (b"", "no JSON object"),
-        (b"[]", "no JSON object"),
+        (b"", "not JSON"),
+        (b"[]", "JSON list"),
+        (b'{"scheme": "int8", "scheme": "int4", "source": "/"}', "names a key twice"),
+        ('{"scheme": "int8", "source": "/"}'.encode("utf-16"), "not JSON"),
+        (b'{"scheme": ' + b"[" * 900 + b"]" * 900 + b', "source": "/"}', "expected a string"),
         (b'{"scheme": "int8"}', 'no "source"'),
         (b'{"scheme": "int8", "source": 5}', "expected a path"),
         (b'{"scheme": "int99", "source": "/"}', "unknown scheme"),
@@ -193,6 +197,35 @@ class TestConversions:
             convert(client, source=root / "allowed" / "model", sink=f"{root}/{where}", recipe={"scheme": "int4"})
         assert sorted(os.listdir(root / "secret")) == before
 
+    @pytest.mark.parametrize("where", ["file://[", "/\ud800", "relative", "\0"])
+    def test_a_place_that_no_file_system_has_is_none_of_the_allowed_ones(
+        self, client: flight.FlightClient, root: Path, where: str
+    ) -> None:
+        request: dict[str, Any] = {"source": root / "allowed" / "model", "sink": root / "out" / "x"}
+        for field in ("source", "sink"):
+            with pytest.raises(flight.FlightUnauthorizedError, match=f"permission_denied: this {field}"):
+                convert(client, **{**request, field: where}, recipe={"scheme": "int4"})
+
+    def test_a_sink_that_cannot_be_is_refused_without_a_name_of_the_servers(
+        self, client: flight.FlightClient, root: Path
+    ) -> None:
+        (root / "out" / "unnamed").mkdir()
+        (root / "out" / "unnamed" / "file").write_text("")
+        (root / "out" / "alias").symlink_to("unnamed")
+        (root / "out" / "alias.gguf").symlink_to("unnamed.gguf")
+        (root / "allowed" / "alias").symlink_to("model")
+        for sink, recipe, word in (
+            ("alias", {"scheme": "int4"}, "the sink exists and is not empty"),
+            ("alias.gguf", {"scheme": "int4", "target": "compressed-tensors"}, "the output is the sink"),
+            ("new.gguf", {"scheme": "q8_0"}, "the source is no GGUF file"),
+            ("n" * 255, {"scheme": "int4"}, "the sink's name is longer"),
+        ):
+            with pytest.raises(flight.FlightServerError, match=f"invalid_request: .*{word}") as caught:
+                convert(client, source=root / "allowed" / "alias", sink=f"{root}/out/{sink}", recipe=recipe)
+            assert str(root) not in str(caught.value)
+            assert "unnamed" not in str(caught.value)
+            assert b"unnamed" not in caught.value.extra_info
+
     @pytest.mark.parametrize("where", OUTSIDE[:9])
     def test_no_source_but_the_allowed_ones(self, client: flight.FlightClient, root: Path, where: str) -> None:
         with pytest.raises(flight.FlightUnauthorizedError, match="permission_denied: this source"):
@@ -205,6 +238,8 @@ class TestConversions:
             ({"recipe": None}, "no .recipe"),
             ({"recipe": {"scheme": "int99"}}, "unknown scheme"),
             ({"recipe": {"preset": "moon"}}, "unknown preset"),
+            ({"recipe": {"preset": ["moon"]}}, "unknown preset"),
+            ({"recipe": {"scheme": "int4", "keep": "no such layer"}}, "no tensor fits"),
             ({"extra": 1}, "unknown key"),
         ],
     )

@@ -254,11 +254,30 @@ def test_an_unknown_key_is_refused_with_the_known_ones(key: str) -> None:
         b'{"bit_width": ' + b"9" * 5000 + b"}",
         b" " * (MAX_COMMAND_BYTES + 1),
         "{}",
+        '{"scheme": "int4"}'.encode("utf-16"),
+        '{"scheme": "int4"}'.encode("utf-32-le"),
+        b'\xef\xbb\xbf{"scheme": "int4"}',
+        b'{"scheme": "int4", "\xed\xa0\x80": 1}',
     ],
     ids=lambda raw: repr(raw[:24]),
 )
 def test_what_is_no_json_object_of_the_contract_is_refused(raw: bytes) -> None:
     refusal(raw)
+
+
+def test_a_key_given_twice_is_named_as_that() -> None:
+    assert "names a key twice" in refusal(b'{"scheme": "int4", "scheme": "int8"}').message
+
+
+@pytest.mark.parametrize("brackets", ["[]", '{"a":}'])
+def test_a_value_that_json_can_hardly_hold_is_refused(brackets: str) -> None:
+    """Whatever depth was parsed, the value has to be shown from a deeper place of the program."""
+    for depth in (*range(900, 1000, 3), 5000):
+        value: Any = []
+        for _ in range(depth):
+            value = [value] if brackets == "[]" else {"a": value}
+        error = refusal({"scheme": value})
+        json.dumps(error.to_json())
 
 
 def test_a_missing_scheme_is_named_with_the_schemes() -> None:
