@@ -21,7 +21,7 @@ FQ_INLINE void range_blocks(const fq_job *job, int64_t begin, int64_t rows, int6
     highest[b] = pi_set(0);
   for (int64_t row = 0; row < rows; row++) {
     fetcher next = fetch_from(job, begin + (row + FQ_ROWS_AHEAD) * job->cols);
-    fetch_vectors(&next, FQ_PIECE / FQ_LANES);
+    fetch_vectors(&next, FQ_PIECE / FQ_LANES + 1); /* the row need not begin a line */
     const char *x = weights_span(job, begin + row * job->cols, width, buffer);
     for (int64_t b = 0; b * FQ_EDGE < width; b++, x += FQ_EDGE * fq_dtype_bytes[dtype]) {
       const int64_t rest = round_up(width - b * FQ_EDGE, FQ_STEP), n = rest < FQ_EDGE ? rest : FQ_EDGE;
