@@ -63,7 +63,7 @@ def cases(schemes: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
             {
                 f"{name} {variant.packing}": {"scheme": name, "packing": variant.packing}
                 for variant in scheme.variants
-                if variant.rule or variant.nested
+                if variant.rule or variant.nested or variant.packing in ("gptq", "awq")
             }
         )
         found.update(

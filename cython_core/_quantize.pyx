@@ -122,8 +122,8 @@ cdef class Plan:
             self._fill_job(i, measure, data, scales, zeros, scratch)
             size += self._jobs[i].n
         cdef bint large = size >= <int64_t>STREAM_FROM
-        for i in range(self._n_jobs):  # what is packed twice is read again at once
-            self._jobs[i].streams = large and self._jobs[i].packing in (FQ_AS_PACKED, FQ_ZEROS_BEHIND)
+        for i in range(self._n_jobs):
+            self._jobs[i].streams = large
         self._cut_tiles()
         self.compared = self.tiles if self.nested and measure else 0
         return 0

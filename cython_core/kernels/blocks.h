@@ -66,8 +66,8 @@ FQ_INLINE void quantize_strip(const fq_job *job, int64_t begin, int64_t end, fq_
       const char *x = weights_span(job, at, width, buffer);
       fetcher next = fetch_from(job, col + width < cols ? at + width : at - col + FQ_EDGE * cols);
       int8_t *codes = stay_in_place(job, job->data + at, width) ? (int8_t *)job->data + at : bytes;
-      u.streams = job->streams && codes != bytes;
-      if (!job->streams)
+      u.streams = data_stream(job) && codes != bytes;
+      if (!u.streams)
         fetch_codes(job, at + FQ_ROWS_AHEAD * cols);
       quantizer(job, &next, x, padded, &u, codes, wide, again);
       packer(job, at, width, codes);

@@ -80,7 +80,8 @@ typedef struct fq_job {
                            points by proximal steps */
   int32_t steps;        /* how many of these, as count_steps says */
   int32_t measure;      /* fill the quality sums */
-  int32_t streams;      /* packed bytes are so many that they go to memory past the caches */
+  int32_t streams;      /* packed bytes are so many that they go to memory past the caches: the last ones, if data is
+                           packed a second time */
   void *restored;       /* of a job to restore: n weights of restored_dtype, at any address; null to measure alone */
   int32_t restored_dtype; /* FQ_F32 or FQ_F16 */
 } fq_job;

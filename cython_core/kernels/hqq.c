@@ -116,26 +116,27 @@ void FQ_NAME(hqq_quantize)(const fq_job *job, int64_t begin, int64_t end, fq_res
 
 /* Bytes of two or four codes, or words of ten, from one up to another. The last tenth may be short. */
 void FQ_NAME(hqq_fold)(const fq_job *job, int64_t begin, int64_t end) {
-  enum { SOME = 256 };
+  enum { SOME = 1024 };
   const int fold = job->bits == 4 ? 2 : job->bits == 2 ? 4 : 10;
   const int64_t groups = job->n / job->unit, line = (groups + fold - 1) / fold * job->unit;
   for (int64_t at = begin; at < end; at += SOME) {
     const int64_t n = end - at < SOME ? end - at : SOME;
-    uint32_t words[SOME] = {0};
-    uint8_t bytes[SOME] = {0};
+    uint32_t words[SOME], codes[SOME / 4];
+    memset(words, 0, sizeof words);
     for (int k = 0; k < fold; k++) {
       const int64_t from = k * line + at, left = job->n - from, some = left < 0 ? 0 : left < n ? left : n;
       const int shift = job->bits * (fold - 1 - k);
-      if (job->bits == 3)
+      if (job->bits == 3) {
         for (int64_t i = 0; i < some; i++)
           words[i] |= (uint32_t)job->data[from + i] << shift;
-      else
-        for (int64_t i = 0; i < some; i++)
-          bytes[i] |= (uint8_t)(job->data[from + i] << shift);
+      } else { /* four bytes at a time: no code reaches beyond its byte */
+        memset(codes, 0, sizeof codes);
+        memcpy(codes, job->data + from, (size_t)some);
+        for (int i = 0; i < SOME / 4; i++)
+          words[i] |= codes[i] << shift;
+      }
     }
-    if (job->bits == 3)
-      memcpy(job->packed + at * 4, words, (size_t)n * 4);
-    else
-      memcpy(job->packed + at, bytes, (size_t)n);
+    const int64_t each = job->bits == 3 ? 4 : 1;
+    store_bytes(job->streams, job->packed + at * each, (const uint8_t *)words, n * each);
   }
 }

@@ -208,7 +208,7 @@ FQ_INLINE void quantize_groups(const fq_job *job, const micro *f, int measured, 
       note_bad(x, at, n, result);
     memcpy(job->scales + at / f->group, s.stored, (size_t)groups * sizeof(float));
     int8_t *codes = f->element->bits == 7 && stay_in_place(job, job->data + at, n) ? (int8_t *)job->data + at : bytes;
-    s.streams = job->streams && codes != bytes;
+    s.streams = data_stream(job) && codes != bytes;
     if (vi_highest(s.careful) > 0)
       quantize_extreme(&next, x, padded, &s, codes, again);
     else

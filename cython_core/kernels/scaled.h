@@ -211,7 +211,7 @@ FQ_INLINE void quantize_tile(const fq_job *job, int64_t begin, int64_t end, fq_r
       span_parameters(job, x, at, n, &u, result);
     /* 8-bit codes are the packed bytes. */
     int8_t *codes = job->bits == 8 && stay_in_place(job, job->data + at, n) ? (int8_t *)job->data + at : bytes;
-    u.streams = job->streams && codes != bytes;
+    u.streams = data_stream(job) && codes != bytes;
     quantizer(job, &next, x, padded, &u, codes, wide, again);
     packer(job, at, n, codes);
     /* not up to padded: past the last unit a step has no parameters */

@@ -84,13 +84,19 @@ static void quantize(const fq_job *job, int64_t begin, int64_t end, fq_result *r
     streams_end(); /* what comes after it comes after these stores, for other threads too */
 }
 
-static void repack(const fq_job *job, int64_t row, int64_t end) {
+static void repack_family(const fq_job *job, int64_t row, int64_t end) {
   if (job->packing == FQ_ZEROS_BEHIND)
     FQ_NAME(onnx_points)(job, row, end);
   else if (job->packing == FQ_FOLDED)
     FQ_NAME(hqq_fold)(job, row, end);
   else
     FQ_NAME(repack)(job, row, end);
+}
+
+static void repack(const fq_job *job, int64_t row, int64_t end) {
+  repack_family(job, row, end);
+  if (job->streams)
+    streams_end();
 }
 
 #define FQ_TEXT_(name) #name

@@ -2,7 +2,7 @@
 #ifndef FQ_TILE_H
 #define FQ_TILE_H
 
-#include "simd.h"
+#include "stores.h"
 
 enum { FQ_STEP = 64, FQ_BLOCK = 32, FQ_BLOCKS = FQ_SPAN / FQ_BLOCK };
 
@@ -414,67 +414,6 @@ FQ_INLINE void measure(const float *x, const float *y, int64_t n, fetcher *next,
   memcpy(&known, &result->max_error, sizeof known);
   if (bits > known)
     memcpy(&result->max_error, &bits, sizeof bits);
-}
-
-enum { FQ_LINE = 64 };
-
-/* A line of packed bytes to an address that begins one, past the caches: it need not be read before it is written, as
- * one that is stored in parts, and leaves no other line's place. */
-FQ_INLINE void stream_line(void *to, const void *from) {
-  for (int k = 0; k < FQ_LINE; k += (int)sizeof(pi)) {
-    pi part;
-    memcpy(&part, (const char *)from + k, sizeof part);
-    pi_stream((char *)to + k, part);
-  }
-}
-
-/* Where a span's packed bytes are made: in place, or apart if they stream. */
-FQ_INLINE uint8_t *packed_place(const fq_job *job, uint8_t *to, uint8_t *apart) { return job->streams ? apart : to; }
-
-/* Bring n packed bytes from there to their place. */
-FQ_INLINE void store_packed(const fq_job *job, uint8_t *to, const uint8_t *from, int64_t n) {
-  if (from == to)
-    return;
-  const int64_t before = (int64_t)(-(uintptr_t)to % FQ_LINE);
-  int64_t i = !job->streams || n < before ? n : before;
-  memcpy(to, from, (size_t)i);
-  for (; i + FQ_LINE <= n; i += FQ_LINE)
-    stream_line(to + i, from + i);
-  memcpy(to + i, from + i, (size_t)(n - i));
-}
-
-/* Whether n 8-bit codes can be stored where they stay, 64 at a time: in whole steps and, if they stream, lines. */
-FQ_INLINE int stay_in_place(const fq_job *job, const uint8_t *to, int64_t n) {
-  return n % FQ_STEP == 0 && (!job->streams || (uintptr_t)to % FQ_LINE == 0);
-}
-
-/* 64 codes from the 32-bit ones in parts, to where they are packed from, or stay, and then may stream. */
-FQ_INLINE void store_64(int8_t *to, const pi *parts, int stream) {
-  if (stream) {
-    _Alignas(64) int8_t line[FQ_LINE];
-    pack_64(line, parts);
-    stream_line(to, line);
-  } else {
-    pack_64(to, parts);
-  }
-}
-
-/* n codes of 8 bits that were made less 128, for signed bytes, as they are stored, which may be where they are. */
-FQ_INLINE void raise_codes(uint8_t *to, const int8_t *codes, int64_t n) {
-  int64_t i = 0;
-  for (; i + (int64_t)sizeof(pi) <= n; i += (int64_t)sizeof(pi)) {
-    pi some;
-    memcpy(&some, codes + i, sizeof some);
-    some = pi_xor(some, pi_set((int32_t)0x80808080));
-    memcpy(to + i, &some, sizeof some);
-  }
-  for (; i < n; i++)
-    to[i] = (uint8_t)codes[i] ^ 0x80;
-}
-FQ_INLINE void store_raised(const fq_job *job, uint8_t *to, int8_t *codes, int64_t n) {
-  uint8_t *place = packed_place(job, to, (uint8_t *)codes);
-  raise_codes(place, codes, n);
-  store_packed(job, to, place, n);
 }
 
 /* float32 to the nearest bfloat16, ties to even; 0 and finite values only. */
