@@ -49,6 +49,11 @@ def dequantize(
     Reads compressed-tensors (integers of 2 to 8 bits, floats of 4 and 8), bitsandbytes, GGUF, and tables of answers.
     """
     started = time.perf_counter()
+    kind = Path(place(output).path).suffix
+    if kind in (".gguf", ".parquet", ".arrow", ".feather"):
+        raise InvalidRequestError(
+            f"dequantized weights go into a folder or *.safetensors; the output is {output}", field="output", got=output
+        )
     with open_dequantized(model, _DTYPES[dtype]) as source:
         plan = Plan("plain", Recipe.parse({"scheme": "int8"}), kept=dict.fromkeys(source.tensors, ""))
         with SafetensorsSink(place(output), plan, source, resume=False) as sink:
