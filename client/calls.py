@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import pyarrow.flight as flight
 from flightquant import wire
 from flightquant.client.batching import Request
 from flightquant.client.connection import Connection, Credentials
-from flightquant.client.exchange import Exchange, Window
+from flightquant.client.exchange import WAKE_SECONDS, Exchange, Window
 from flightquant.client.joining import Answer
 from flightquant.client.retry import Retry
 from flightquant.errors import FlightquantError, OverloadedError
@@ -71,8 +72,10 @@ class Cancellation:
 
     def pause(self, seconds: float) -> None:
         """Wait; raise as soon as the call is ended."""
-        if self._event.wait(seconds):
-            raise CallCancelledError
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            if self._event.wait(min(left, WAKE_SECONDS)):
+                raise CallCancelledError
 
     @contextmanager
     def telling(self, callback: Callable[[BaseException], None]) -> Iterator[None]:

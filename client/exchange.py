@@ -3,7 +3,8 @@
 Flight has no flow control that a single thread could live with: who writes everything and then reads hangs for ever
 once some 16 MiB are under way. Here one thread writes while another reads, and the writer waits as soon as a set number
 of bytes or batches has been sent whose answers the caller has not taken yet. The caller's own thread only waits on a
-queue, so that Ctrl-C and a closed generator end the call at once.
+queue, so that Ctrl-C and a closed generator end the call at once: to open a stream already takes until the server is
+reached, or is found not to be.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import contextlib
 import re
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Condition, Lock, Thread
 from typing import Any
@@ -44,6 +46,9 @@ CANCELLED_SECONDS = 1.0
 """How long a call that failed waits for them: a write into a network that is gone ends with the connection."""
 BLOCKED_SECONDS = 0.5
 """How long it waits for a writer that waits for the caller's own iterator, which nothing here can wake."""
+WAKE_SECONDS = 0.25
+"""How long the caller's thread may sleep: Python runs signal handlers there alone, and a signal that another thread
+takes, or that comes just before a wait begins, does not end the wait."""
 STALL_SECONDS = 120.0
 """How long a request may wait for its answer before the connection counts as lost: packets may vanish in silence."""
 
@@ -129,25 +134,18 @@ class Exchange:
         self._write_error: BaseException | None = None
         self._ending = Lock()
         self._cancelled = False
+        self._opened: tuple[flight.FlightStreamWriter, flight.FlightStreamReader] | None = None
+        self._threads: list[Thread] = []
         self.end: EndMessage | None = None
 
     def __iter__(self) -> Iterator[Answer]:
         first = next(self._requests, None)
         if first is None:
             return
-        descriptor = flight.FlightDescriptor.for_command(self._command)
-        try:
-            writer, reader = self._client.do_exchange(descriptor, self._options)
-        except _BROKEN as error:
-            raise our_error(error) from None
-        threads = [
-            Thread(target=self._write, args=(writer, first), name="flightquant-writer", daemon=True),
-            Thread(target=self._read, args=(reader,), name="flightquant-reader", daemon=True),
-        ]
+        self._heard = time.monotonic()
         ended = False
         try:
-            for thread in threads:
-                thread.start()
+            self._start(partial(self._read, first), "flightquant-reader")
             while (event := self._next_event()) is not None:
                 if isinstance(event, BaseException):
                     raise event
@@ -157,30 +155,46 @@ class Exchange:
         finally:
             self._window.close()
             if not ended:
-                self._cancel(reader)
-            patience_s = JOIN_SECONDS if ended else CANCELLED_SECONDS
-            for thread in threads:
-                thread.join(BLOCKED_SECONDS if self._pulling else patience_s)
-            if not any(thread.is_alive() for thread in threads):
+                self._cancel()
+            blocked = self._pulling or self._opened is None
+            patience_s = JOIN_SECONDS if ended else BLOCKED_SECONDS if blocked else CANCELLED_SECONDS
+            until = time.monotonic() + patience_s
+            for thread in self._threads:
+                thread.join(max(0.0, until - time.monotonic()))
+            if self._opened is not None and not any(thread.is_alive() for thread in self._threads):
                 with contextlib.suppress(*_BROKEN):
-                    writer.close()
+                    self._opened[0].close()
 
     def cancel(self, error: BaseException) -> None:
         """End the call from another thread: ``error`` is raised where it is iterated over."""
         self._events.put(error)
 
     def _next_event(self) -> Answer | BaseException | None:
-        left = self._stall_s
         while True:
             try:
-                return self._events.get(timeout=left)
+                return self._events.get(timeout=min(WAKE_SECONDS, self._stall_s))
             except Empty:
                 # While the caller's own iterator gives nothing, nothing is due; after it, the end message is.
-                due = bool(self._sent) or self._all_sent
-                silent = time.monotonic() - self._heard if due else 0.0
-                if silent >= self._stall_s:
+                due = self._opened is None or bool(self._sent) or self._all_sent
+                if due and time.monotonic() - self._heard >= self._stall_s:
                     return UnavailableError(f"the server was lost: no answer for {self._stall_s:g} s")
-                left = self._stall_s - silent
+
+    def _start(self, work: Callable[[], None], name: str) -> None:
+        thread = Thread(target=work, name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _open(self, first: Request) -> flight.FlightStreamReader | None:
+        """Open the stream and start to write; None if the call is over meanwhile."""
+        descriptor = flight.FlightDescriptor.for_command(self._command)
+        writer, reader = self._client.do_exchange(descriptor, self._options)
+        with self._ending:
+            if self._cancelled:
+                reader.cancel()
+                return None
+            self._opened = writer, reader
+            self._start(partial(self._write, writer, first), "flightquant-writer")
+        return reader
 
     def _write(self, writer: flight.FlightStreamWriter, first: Request) -> None:
         schema = first.batch.schema
@@ -226,16 +240,19 @@ class Exchange:
             if not self._cancelled:
                 writer.done_writing()
 
-    def _cancel(self, reader: flight.FlightStreamReader) -> None:
+    def _cancel(self) -> None:
         """Cancel the stream, but not while its writing is being ended: Flight aborts the process if both meet."""
         held = self._ending.acquire(timeout=BLOCKED_SECONDS)
         self._cancelled = True
-        reader.cancel()
+        if self._opened is not None:
+            self._opened[1].cancel()
         if held:
             self._ending.release()
 
-    def _read(self, reader: flight.FlightStreamReader) -> None:
+    def _read(self, first: Request) -> None:
         try:
+            if (reader := self._open(first)) is None:
+                return
             while True:
                 try:
                     chunk = reader.read_chunk()

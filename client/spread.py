@@ -8,19 +8,20 @@ error is the caller's own.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Condition, Lock, Semaphore, Thread
 
 import pyarrow as pa
 
 from flightquant.client.batching import Request
 from flightquant.client.calls import Attempts, CallCancelledError, Cancellation
-from flightquant.client.exchange import BLOCKED_SECONDS
+from flightquant.client.exchange import BLOCKED_SECONDS, WAKE_SECONDS
 from flightquant.client.joining import Answer, join
 from flightquant.client.retry import Retry, is_lost, late
 from flightquant.errors import FlightquantError
@@ -243,7 +244,7 @@ class Spread:
             try:
                 for thread in self._threads:
                     thread.start()
-                while (event := self._events.get()) is not None:
+                while (event := self._next_event()) is not None:
                     if isinstance(event, BaseException):
                         raise self._pool.failure or event
                     self._room.release()
@@ -257,6 +258,11 @@ class Spread:
                 for thread in self._threads:
                     if thread.ident is not None:
                         thread.join(max(0.0, until - time.monotonic()))
+
+    def _next_event(self) -> tuple[int, pa.RecordBatch] | BaseException | None:
+        while True:
+            with contextlib.suppress(Empty):
+                return self._events.get(timeout=WAKE_SECONDS)
 
     def _run(self, lane: int, attempts: Attempts) -> None:
         failure: FlightquantError | None = None

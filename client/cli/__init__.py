@@ -1,14 +1,17 @@
 """The console script: what it says when something is wrong, in one sentence and without a traceback.
 
-Exit codes: 0; 1 for a failure; 2 for wrong usage; 3 where ``verify`` found layers beyond a threshold; 130 after Ctrl-C.
+Exit codes: 0; 1 for a failure; 2 for wrong usage; 3 where ``verify`` found layers beyond a threshold; 130 after Ctrl-C,
+143 after SIGTERM.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 
+from flightquant import interrupts
 from flightquant.errors import FlightquantError
 
 _EXTRAS = {
@@ -27,7 +30,7 @@ _NO_MEMORY = "there is not enough memory; some layers and their answers must fit
 
 
 class InterruptedCommandError(Exception):
-    """Ctrl-C came while a command ran; its arguments are what else there is to say."""
+    """Ctrl-C or SIGTERM came while a command ran; its arguments are what else there is to say."""
 
 
 def main() -> None:
@@ -35,8 +38,12 @@ def main() -> None:
     try:
         from flightquant.client.cli.commands import app, usage_sentence
 
+        interrupts.loaded()
         with usage_sentence():
-            sys.exit(app(prog_name="flightquant", standalone_mode=False) or 0)
+            code = app(prog_name="flightquant", standalone_mode=False) or 0
+        if code == 128 + signal.SIGINT:  # what typer, by its version, makes of Ctrl-C while it reads the arguments
+            raise KeyboardInterrupt
+        sys.exit(code)
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get((error.name or "").split(".")[0])
         if extra is None:
@@ -63,10 +70,8 @@ def main() -> None:
                 "the system starts no more threads for this process; raise its limits, or give --threads 1", error
             )
         )
-    except InterruptedCommandError as error:
-        fail("; ".join(["interrupted", *error.args]), 130)
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
+    except (InterruptedCommandError, KeyboardInterrupt) as error:
+        interrupts.end(interrupts.taken(), *map(str, error.args))
 
 
 def _with_notes(text: str, error: BaseException) -> str:

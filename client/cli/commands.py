@@ -36,7 +36,7 @@ app = typer.Typer(
     cls=_Commands,
     help="Exact quantization of neural-network weights at memory speed, in-process or over Arrow Flight.",
     epilog="Exit codes: 0; 1 for a failure; 2 for wrong usage; 3 where verify found layers beyond a threshold; 130 "
-    "after Ctrl-C.",
+    "after Ctrl-C, 143 after SIGTERM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 
+from flightquant import interrupts
+
 
 def main() -> None:
     """Run the command with the process's arguments and exit."""
@@ -14,6 +16,8 @@ def main() -> None:
         # while it loads would be lost for good. Held back is one that came while it started itself again.
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    else:
+        interrupts.watch()
     from flightquant.client.cli import main
 
     main()
