@@ -30,7 +30,7 @@ from flightquant.client.convert import Conversion, Selection, convert, plan_of, 
 from flightquant.client.recipes import OPTION_KEYS, TARGETS, Recipe, available_presets, preset, read_recipe
 from flightquant.client.safetensors import FLOATS
 from flightquant.client.sinks import sizes
-from flightquant.client.sources import Source, open_source
+from flightquant.client.sources import Source, open_source, place
 from flightquant.errors import InvalidRequestError
 from flightquant.layers import Layer
 from flightquant.reference.numeric import F32
@@ -204,8 +204,9 @@ def quantize(
         ) as client:
             files = importance_files(recipe, importance)
             result = _convert(source, output, made, client, files, quality=quality, resume=resume)
+    output = place(output).uri  # without the keys that a URI may have
     if report is not None:
-        write_page(report, result, source=model, output=output)
+        write_page(report, result, source=place(model).uri, output=output)
     if as_json:
         print_json(conversion_facts(result, output))
     else:

@@ -57,8 +57,8 @@ class Work:
         self.folder = self._folder()
         self.output = self.folder / OUTPUT
         self.done: dict[str, dict[str, Any]] = {}
-        self._check_target()
         self._journal = self.folder / JOURNAL
+        self._check_target(resume=resume)
         try:
             self.folder.mkdir(exist_ok=True)
             self._lock()
@@ -89,12 +89,26 @@ class Work:
         digest = hashlib.sha256(self.target.uri.encode()).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"flightquant-{os.getuid()}-{digest}"
 
-    def _check_target(self) -> None:
+    def _check_target(self, *, resume: bool) -> None:
         local = self.target.local
-        if local is None or not local.exists() or (local.is_dir() and not any(local.iterdir())):
+        if local is None:
+            # What is gone on with may have been copied in part already.
+            if (resume and self._journal.exists()) or not self._stands_there():
+                return
+            full = ""
+        elif not local.exists() or (local.is_dir() and not any(local.iterdir())):
             return
-        full = " and is not empty" if local.is_dir() else ""
+        else:
+            full = " and is not empty" if local.is_dir() else ""
         raise InvalidRequestError(f"{self.target.uri} exists{full}; remove it or choose another output", field="output")
+
+    def _stands_there(self) -> bool:
+        """Whether there is a file of a URI, or one below it."""
+        try:
+            found = self.target.info()
+        except FileNotFoundError:
+            return False
+        return found.is_file or bool(self.target.files(recursive=True))
 
     def _lock(self) -> None:
         self._held = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)

@@ -105,6 +105,13 @@ def test_tables_are_inspected(model: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_no_keys_of_a_uri_are_shown(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    out, err = flightquant_("quantize", model, "-o", "memory://me:secret@b/out", "--report", tmp_path / "r.html")
+    assert "memory://b/out: " in out
+    assert "secret" not in out + err + (tmp_path / "r.html").read_text()
+
+
 def test_json_has_no_numbers_that_json_lacks(tmp_path: Path) -> None:
     official.save_file({"a.weight": np.zeros((2, 128), np.float32)}, tmp_path / "zeros.safetensors")
     for words in (("quantize", tmp_path / "zeros.safetensors", "-o", tmp_path / "q"),

@@ -26,6 +26,7 @@ from flightquant.client import QuantClient
 from flightquant.client.convert import Conversion, convert
 from flightquant.client.recipes import Recipe
 from flightquant.client.sinks import safetensors as sink_module
+from flightquant.client.sinks.work import Work
 from flightquant.client.sources import open_source
 from flightquant.client.stored import open_dequantized
 from flightquant.errors import InvalidRequestError, UnavailableError
@@ -236,6 +237,30 @@ def test_a_bucket(tmp_path: Path) -> None:
         got = {path.removeprefix("/bucket/out/"): memory.cat(path) for path in memory.find("/bucket/out")}
         wanted = {str(f.relative_to(tmp_path / "out")): f.read_bytes() for f in (tmp_path / "out").rglob("*.*")}
         assert got == wanted
+        with pytest.raises(InvalidRequestError, match="memory://bucket/out exists; remove it or choose another"):
+            run(source, "memory://bucket/out")
+        assert {path.removeprefix("/bucket/out/"): memory.cat(path) for path in memory.find("/bucket/out")} == wanted
+    finally:
+        memory.rm("/bucket", recursive=True)
+
+
+def test_a_bucket_that_was_written_in_part_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    source = model(tmp_path / "m")
+
+    def killed(work: Work, files: list[Path]) -> None:
+        memory.pipe("/bucket/out/model.safetensors", b"half")
+        raise KeyboardInterrupt
+
+    try:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Work, "_upload", killed)
+            run(source, "memory://bucket/out")
+        with pytest.raises(InvalidRequestError, match="exists"):
+            run(source, "memory://bucket/out")
+        run(source, "memory://bucket/out", resume=True)
+        assert memory.size("/bucket/out/model.safetensors") > 4
     finally:
         memory.rm("/bucket", recursive=True)
 
