@@ -227,6 +227,22 @@ def test_outputs_that_do_not_fit(tmp_path: Path, output: str, recipe: Any, sente
     assert os.listdir(tmp_path) == ["m"]
 
 
+def test_a_gguf_output_takes_the_packing_of_gguf(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    made = np.random.default_rng(3).standard_normal((8, 64), np.float32)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("blk.0.ffn_up.weight", made)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    run(tmp_path / "m.gguf", tmp_path / "q.gguf", scheme="mxfp4")
+    (tensor,) = gguf.GGUFReader(tmp_path / "q.gguf").tensors
+    assert tensor.tensor_type == gguf.GGMLQuantizationType.MXFP4
+    wanted = gguf.quants.quantize(made, gguf.GGMLQuantizationType.MXFP4)
+    assert tensor.data.tobytes() == wanted.tobytes()
+
+
 def test_a_bucket(tmp_path: Path) -> None:
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
