@@ -43,6 +43,8 @@ class Work:
         Where the file or folder grows.
     done : dict of str to dict
         The finished tensors and what was noted of each.
+    placed : bool
+        Whether the output is in its place.
 
     Raises
     ------
@@ -57,6 +59,7 @@ class Work:
         self.folder = self._folder()
         self.output = self.folder / OUTPUT
         self.done: dict[str, dict[str, Any]] = {}
+        self.placed = False
         self._journal = self.folder / JOURNAL
         self._check_target(resume=resume)
         try:
@@ -67,7 +70,7 @@ class Work:
             except BaseException:
                 if not resume:
                     shutil.rmtree(self.folder, ignore_errors=True)
-                os.close(self._held)
+                self._unlock()
                 raise
         except OSError as error:
             # The user knows only the name that was asked for.
@@ -161,9 +164,11 @@ class Work:
         size = sum(path.stat().st_size for path in files)
         if self.target.local is not None:
             self.output.replace(self.target.local)
+            self.placed = True
             _sync(self.target.local.absolute().parent)
         else:
             self._upload(files)
+            self.placed = True
         self.discard()
         return size
 
@@ -185,13 +190,19 @@ class Work:
     def leave(self) -> None:
         """Stop, and leave what is done for a later call."""
         self._out.close()
-        os.close(self._held)
+        self._unlock()
 
     def discard(self) -> None:
         """Remove the folder."""
         self._out.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._held)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        # Ctrl-C may have come in the midst of it once already.
+        held, self._held = self._held, -1
+        if held >= 0:
+            os.close(held)
 
 
 def _boot() -> str:
@@ -261,9 +272,9 @@ class PlacedFile:
 
     def close(self) -> None:
         """Close the file."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
 
 
 def _check_room(path: Path, size: int) -> None:

@@ -26,6 +26,7 @@ from flightquant.client import QuantClient
 from flightquant.client.convert import Conversion, convert
 from flightquant.client.recipes import Recipe
 from flightquant.client.sinks import safetensors as sink_module
+from flightquant.client.sinks import work as work_module
 from flightquant.client.sinks.work import Work
 from flightquant.client.sources import open_source
 from flightquant.client.stored import open_dequantized
@@ -225,6 +226,28 @@ def test_outputs_that_do_not_fit(tmp_path: Path, output: str, recipe: Any, sente
     with pytest.raises(InvalidRequestError, match=sentence):
         run(model(tmp_path / "m"), tmp_path / output, **recipe)
     assert os.listdir(tmp_path) == ["m"]
+
+
+@pytest.mark.parametrize("after", ["_sync", "rmtree", "close"])
+def test_ctrl_c_while_the_output_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str) -> None:
+    source = model(tmp_path / "m")
+    owner: Any = {"_sync": work_module, "rmtree": work_module.shutil, "close": work_module.os}[after]
+    real, interrupted = getattr(owner, after), []
+
+    def once(*given: Any, **options: Any) -> Any:
+        done = real(*given, **options)
+        if (tmp_path / "out").exists() and not interrupted:
+            interrupted.append(after)
+            raise KeyboardInterrupt
+        return done
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt) as raised:
+        patched.setattr(owner, after, once)
+        run(source, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["m", "out"]
+    assert not getattr(raised.value, "__notes__", [])
+    run(source, tmp_path / "again")
+    assert tree(tmp_path / "out") == tree(tmp_path / "again")
 
 
 def test_a_gguf_output_takes_the_packing_of_gguf(tmp_path: Path) -> None:
