@@ -35,6 +35,7 @@ class Unreachable:
 
     def __init__(self) -> None:
         self.opening, self.found, self.cancelled = threading.Event(), threading.Event(), threading.Event()
+        self.closed = threading.Event()
 
     def do_exchange(self, descriptor: Any, options: Any) -> tuple[Any, Any]:
         self.opening.set()
@@ -44,6 +45,9 @@ class Unreachable:
 
     def cancel(self) -> None:
         self.cancelled.set()
+
+    def close(self) -> None:
+        self.closed.set()
 
 
 def test_a_stream_that_does_not_open_holds_nobody_up() -> None:
@@ -59,6 +63,7 @@ def test_a_stream_that_does_not_open_holds_nobody_up() -> None:
         list(exchange)
     client.found.set()
     assert client.cancelled.wait(20), "what opens too late goes on"
+    assert client.closed.wait(20), "Arrow complains on standard error"
 
 
 def test_a_stream_that_does_not_open_is_a_lost_server() -> None:
