@@ -313,7 +313,7 @@ def test_a_flood_asks_for_pythons_lock_least_often_until_its_threads_are_gone(mo
             met.found_room()
             assert sys.getswitchinterval() == pytest.approx(crowd.FLOODED_SWITCH_S)
         there = crowd.FLOOD - 1
-        now += crowd.LOOK_S
+        now += 2 * crowd.LOOK_S
         met.came()
         assert sys.getswitchinterval() == pytest.approx(crowd.CROWDED_SWITCH_S), "it was here a moment ago"
         now += 1.5 * crowd.CALM_S
