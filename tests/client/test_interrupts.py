@@ -142,7 +142,7 @@ COMMANDS = {
     "loads": ("print('now', flush=True)\nwhile True: pass", False),
     "hears nothing": ("interrupts.loaded()\ndeaf()\nprint('now', flush=True)\n"
                       "lock = threading.Lock()\nlock.acquire()\nlock.acquire()", False),
-    "tidies for too long": ("interrupts.loaded()\nprint('now', flush=True)\ntry: time.sleep(1000)\n"
+    "tidies for too long": ("interrupts.loaded()\ntry:\n    print('now', flush=True)\n    time.sleep(1000)\n"
                             "except KeyboardInterrupt:\n    print('tidies', flush=True)\n    time.sleep(1000)", True),
 }  # fmt: skip
 
@@ -155,6 +155,23 @@ def test_a_command_ends_whatever_it_does(command: str, number: signal.Signals) -
     code, out, errors = interrupted(watching + program, "now", number, again)
     word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number]
     assert (code, out, errors) == (128 + number, "", f"flightquant: {word}")
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    program = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nfrom flightquant import interrupts\ninterrupts.watch()\n"
+    program += "os.kill(os.getpid(), signal.SIGINT)\nprint('on', flush=True)\nos.kill(os.getpid(), signal.SIGTERM)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM + program + "while True: pass"], capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stdout.strip(), done.stderr.strip()) == (143, b"on", b"flightquant: terminated")
+
+
+def test_commands_with_a_command_line_of_their_own_end_in_the_same_words() -> None:
+    program = "from flightquant import interrupts\ninterrupts.watch()\nfrom flightquant.client.cli import main\n"
+    program += "import flightquant.benchmarks.cli as bench, typer\nbench.app = typer.Typer()\n@bench.app.command()\n"
+    program += "def wait():\n    print('now', flush=True)\n    time.sleep(1000)\nsys.argv[1:] = ['bench']\nmain()"
+    code, _, errors = interrupted(program, "now", signal.SIGTERM)
+    assert (code, errors.splitlines()[-1]) == (143, "flightquant: terminated")
 
 
 def test_sigterm_is_told_and_leaves_no_output(serve: Any, faults: Any, tmp_path: Path) -> None:
