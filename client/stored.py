@@ -346,8 +346,20 @@ class AnswerSource(Source):
             raise InvalidRequestError(f"{self.label} has no column {missing[0]!r}", field=missing[0])
         for batch in self._read(["layer_name", "shape"]):
             for name, shape in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
-                self.tensors[name] = TensorMeta("F32", tuple(shape), 4 * prod(shape))
+                self._add(name, shape)
         self._held: Iterator[tuple[str, F32]] = iter(())
+
+    def _add(self, name: Any, shape: Any) -> None:
+        if not isinstance(name, str) or not name or name in self.tensors:
+            problem = (
+                f'layer "{name[:200]}" stands twice' if isinstance(name, str) and name else "a row has no layer name"
+            )
+            raise InvalidRequestError(
+                f"in {self.label} {problem}; expected one row for each whole layer", field="layer_name"
+            )
+        if not isinstance(shape, list) or not all(isinstance(extent, int) and extent >= 0 for extent in shape):
+            raise InvalidRequestError(f'layer "{name[:200]}" of {self.label} has the shape {shape}', field="shape")
+        self.tensors[name] = TensorMeta("F32", tuple(shape), 4 * prod(shape))
 
     def _read(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """Rows, one after the other; of these columns those that there are."""

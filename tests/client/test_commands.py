@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors import numpy as official
@@ -103,6 +104,23 @@ def test_tables_are_inspected(model: Path, tmp_path: Path) -> None:
     assert [(row["layer_name"], row["shape"], row["nbytes"]) for row in told] == [
         (f"layers.{i}.up.weight", [37, 256], 37 * 8 * 34) for i in range(3)
     ]
+
+
+ROWS = {
+    'layer "x" of t.parquet has the shape None': {"layer_name": ["x"], "shape": pa.array([None], pa.list_(pa.int64()))},
+    'in t.parquet layer "x" stands twice': {"layer_name": ["x", "x"], "shape": [[1, 2], [1, 2]]},
+    "in t.parquet a row has no layer name": {"layer_name": pa.array([None], pa.utf8()), "shape": [[1, 2]]},
+    "t.parquet has no column 'shape'": {"layer_name": ["x"]},
+}
+
+
+@pytest.mark.parametrize("sentence", ROWS)
+def test_tables_that_no_call_gave_are_told(tmp_path: Path, sentence: str) -> None:
+    columns = ROWS[sentence]
+    pq.write_table(pa.table({**columns, "quantized_data": [b"1"] * len(columns["layer_name"])}), tmp_path / "t.parquet")
+    with pytest.raises(InvalidRequestError) as raised:
+        open_dequantized(str(tmp_path / "t.parquet"))
+    assert sentence in raised.value.message
 
 
 def test_no_keys_of_a_uri_are_shown(model: Path, tmp_path: Path) -> None:
