@@ -120,8 +120,13 @@ class AsyncQuantClient:
             on_error=on_error,
             metrics=metrics,
         )
-        told = _on_loop(progress, asyncio.get_running_loop())
-        return await self._run(self._client._quantize, weights, command, importance, told)
+        cancellation = Cancellation()
+        on_loop = _OnLoop(asyncio.get_running_loop(), cancellation)
+        call = partial(self._client._quantize, weights, command, importance, on_loop.told(progress))
+        try:
+            return await self._run(call, cancellation=cancellation)
+        finally:
+            on_loop.check()
 
     async def amax(self, weights: Any) -> pa.Table:
         """As :meth:`QuantClient.amax`."""
@@ -137,9 +142,9 @@ class AsyncQuantClient:
         """As :meth:`QuantClient.verify`."""
         return await self._run(self._client._verify, weights, answers)
 
-    async def _run(self, call: Callable[..., Result], *given: Any) -> Result:
+    async def _run(self, call: Callable[..., Result], *given: Any, cancellation: Cancellation | None = None) -> Result:
         """A call on a thread of its own, which ends with this task."""
-        cancellation = Cancellation()
+        cancellation = cancellation or Cancellation()
         worker = self._worker()
         try:
             return await asyncio.get_running_loop().run_in_executor(worker, partial(call, *given, cancellation))
@@ -182,7 +187,8 @@ class AsyncQuantClient:
         cancellation = Cancellation()
         worker = self._worker()
         loop = asyncio.get_running_loop()
-        answers = self._client._stream(weights, command, importance, _on_loop(progress, loop), cancellation)
+        on_loop = _OnLoop(loop, cancellation)
+        answers = self._client._stream(weights, command, importance, on_loop.told(progress), cancellation)
         try:
             while (placed := await loop.run_in_executor(worker, _next, answers)) is not None:
                 yield placed[1]
@@ -190,17 +196,40 @@ class AsyncQuantClient:
             cancellation.now()
             worker.submit(answers.close)  # type: ignore[attr-defined]
             worker.shutdown(wait=False)
+            on_loop.check()
 
 
 def _next(answers: Iterator[Placed]) -> Placed | None:
     return next(answers, None)
 
 
-def _on_loop(progress: Progress | None, loop: asyncio.AbstractEventLoop) -> Progress | None:
-    if progress is None:
-        return None
+class _OnLoop:
+    """Calls a progress callback on the event loop's thread; what it raises ends the call, and is the call's error."""
 
-    def told(name: str, fraction: float) -> None:
-        loop.call_soon_threadsafe(progress, name, fraction)
+    def __init__(self, loop: asyncio.AbstractEventLoop, cancellation: Cancellation) -> None:
+        self._loop = loop
+        self._cancellation = cancellation
+        self._failure: Exception | None = None
 
-    return told
+    def told(self, progress: Progress | None) -> Progress | None:
+        """What the call's own thread calls."""
+        if progress is None:
+            return None
+
+        def run(name: str, fraction: float) -> None:
+            if self._failure is None:
+                try:
+                    progress(name, fraction)
+                except Exception as error:
+                    self._failure = error
+                    self._cancellation.now()
+
+        def tell(name: str, fraction: float) -> None:
+            self._loop.call_soon_threadsafe(run, name, fraction)
+
+        return tell
+
+    def check(self) -> None:
+        """Raise what the callback raised."""
+        if self._failure is not None:
+            raise self._failure from None

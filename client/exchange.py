@@ -191,6 +191,8 @@ class Exchange:
         with self._ending:
             if self._cancelled:
                 reader.cancel()
+                with contextlib.suppress(*_BROKEN):
+                    writer.close()
                 return None
             self._opened = writer, reader
             self._start(partial(self._write, writer, first), "flightquant-writer")

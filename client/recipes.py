@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -323,6 +323,9 @@ def make_plan(source: Source, recipe: Recipe, target: str) -> Plan:
             command = Command.build(scheme=mixed[name])
         if command is not None:
             spec = command.layer_spec()
+            if target == "gguf" and command.packing is None and "gguf" in spec.scheme.packings[1:]:
+                command = replace(command, packing="gguf")
+                spec = command.layer_spec()
             if fits_groups(spec, meta.shape[-1]):
                 plan.commands[name] = command
                 continue

@@ -17,6 +17,7 @@ from flightquant.client.connection import Connection
 from flightquant.client.joining import Answer, join
 from flightquant.client.retry import answers as retried
 from flightquant.client.spread import Spread
+from flightquant.errors import InvalidRequestError
 
 _PLAIN = ("grpc", "grpc+tcp")
 
@@ -78,6 +79,7 @@ class Servers:
         self._keepalive_s = keepalive_s
         self._settings = settings
         self._connections: dict[str, Connection] = {}
+        self._closed = False
         self._lock = Lock()
         # A call of one message goes to the server that asks first: not the same one for each call, nor for each client.
         self._firsts = count(random.randrange(1 << 16))  # noqa: S311 - spreads load, guards nothing
@@ -93,11 +95,14 @@ class Servers:
     def close(self) -> None:
         """Close all connections."""
         with self._lock:
+            self._closed = True
             for connection in self._connections.values():
                 connection.close()
 
     def answers(self, requests: Iterator[Request], call: Call, number: int) -> Iterator[Placed]:
         """The answers of one stream of requests: from one server in their order, from several as they come."""
+        if self._closed:
+            raise InvalidRequestError("the client is closed; make a new one for further calls", field="client")
         connections = [self._connection(address) for address in addresses(self._uri)]
         if len(connections) == 1:
             attempts = Attempts(connections[0], call.command, self._settings, call.cancellation)

@@ -329,25 +329,61 @@ def _gguf(source: Source, name: str) -> StoredLayer:
     return StoredLayer(name, meta.shape, spec, (name,), answer)
 
 
+_SHOWN = ("layer_name", "shape", "scheme", "group_size", "sqnr_db")
+_HEAVY = ("quantized_data", "scales", "zero_points")
+
+
 class AnswerSource(Source):
     """A Parquet or Arrow file of answers as float32 layers."""
 
-    def __init__(self, path: str, rows: Callable[[list[str]], Iterator[pa.RecordBatch]]) -> None:
+    def __init__(self, path: str, data: Any) -> None:
         self.label = place(path).name
         self.metadata = {}
         self.tensors = {}
-        self._rows = rows
-        for batch in rows(["layer_name", "shape"]):
+        self._data = data
+        missing = [name for name in ("layer_name", "shape") if name not in data.schema.names]
+        if missing:
+            raise InvalidRequestError(f"{self.label} has no column {missing[0]!r}", field=missing[0])
+        for batch in self._read(["layer_name", "shape"]):
             for name, shape in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
-                self.tensors[name] = TensorMeta("F32", tuple(shape), 4 * prod(shape))
+                self._add(name, shape)
         self._held: Iterator[tuple[str, F32]] = iter(())
+
+    def _add(self, name: Any, shape: Any) -> None:
+        if not isinstance(name, str) or not name or name in self.tensors:
+            problem = (
+                f'layer "{name[:200]}" stands twice' if isinstance(name, str) and name else "a row has no layer name"
+            )
+            raise InvalidRequestError(
+                f"in {self.label} {problem}; expected one row for each whole layer", field="layer_name"
+            )
+        if not isinstance(shape, list) or not all(isinstance(extent, int) and extent >= 0 for extent in shape):
+            raise InvalidRequestError(f'layer "{name[:200]}" of {self.label} has the shape {shape}', field="shape")
+        self.tensors[name] = TensorMeta("F32", tuple(shape), 4 * prod(shape))
+
+    def _read(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """Rows, one after the other; of these columns those that there are."""
+        known = [name for name in columns if name in self._data.schema.names]
+        batches: Iterator[pa.RecordBatch] = self._data.to_batches(columns=known, batch_size=1, batch_readahead=1)
+        return batches
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """What inspects a row: its name, shape, scheme, group size, bytes, and ratio of signal to noise in dB."""
+        for batch in self._read([*_SHOWN, *_HEAVY]):
+            for row in range(batch.num_rows):
+                cells = {name: batch.column(name)[row] for name in batch.schema.names}
+                heavy = [cells.pop(name) for name in _HEAVY if name in cells]
+                nbytes = sum(len(cell.as_buffer()) if isinstance(cell, pa.BinaryScalar) else cell.values.nbytes
+                             for cell in heavy if cell.is_valid)  # fmt: skip
+                shown = {name: cells[name].as_py() if name in cells else None for name in _SHOWN}
+                yield shown | {"nbytes": nbytes}
 
     def _all(self) -> Iterator[tuple[str, F32]]:
         columns = ["layer_name", "shape", "status", "error", "scheme", "packing", "bit_width", "group_size",
                    "quantized_data", "scales", "zero_points", "row_offset"]  # fmt: skip
         from flightquant import dequantize
 
-        for batch in self._rows(columns):
+        for batch in self._read(columns):
             yield from dequantize(batch).items()
 
     def load(self, name: str) -> Tensor:
@@ -372,13 +408,23 @@ def open_dequantized(path: str, dtype: str = "F32") -> Source:
     """
     from flightquant.client.sources import open_source
 
-    where = place(path)
-    if Path(where.path).suffix in (".parquet", ".arrow", ".feather"):
-        import pyarrow.dataset as ds
+    return open_answers(path) or DequantizedSource(open_source(path), dtype)
 
-        where.info()
-        kind = "parquet" if where.path.endswith(".parquet") else "ipc"
-        data = ds.dataset(where.path, filesystem=where.filesystem, format=kind)
-        if "quantized_data" in data.schema.names:
-            return AnswerSource(path, lambda columns: data.to_batches(columns=columns, batch_size=1, batch_readahead=1))
-    return DequantizedSource(open_source(path), dtype)
+
+def open_answers(path: str) -> AnswerSource | None:
+    """A Parquet or Arrow file of answers; None of anything else.
+
+    Raises
+    ------
+    OSError
+        It cannot be read.
+    """
+    where = place(path)
+    if Path(where.path).suffix not in (".parquet", ".arrow", ".feather"):
+        return None
+    import pyarrow.dataset as ds
+
+    where.info()
+    kind = "parquet" if where.path.endswith(".parquet") else "ipc"
+    data = ds.dataset(where.path, filesystem=where.filesystem, format=kind)
+    return AnswerSource(path, data) if "quantized_data" in data.schema.names else None

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from flightquant.client.sources import open_source
+from flightquant.errors import InvalidRequestError
 from flightquant.layers import as_reader
 
 
@@ -25,9 +26,24 @@ def opened(weights: Any) -> Iterator[Any]:
         yield source
 
 
+def _only_batches(given: Iterable[Any]) -> Iterator[pa.RecordBatch]:
+    for each in given:
+        if isinstance(each, pa.RecordBatch):
+            yield each
+        elif isinstance(each, pa.Table):
+            yield from each.to_batches()
+        else:
+            raise InvalidRequestError(
+                f"the iterable of weights gives a {type(each).__name__}; expected RecordBatches, or a mapping of names "
+                "to arrays in its place",
+                field="weights",
+                got=type(each).__name__,
+            )
+
+
 def as_batches(weights: Any) -> Iterable[pa.RecordBatch]:
     """Request batches from anything Arrow, or from an iterable of RecordBatches."""
     if isinstance(weights, Iterator | list | tuple) and not hasattr(weights, "__arrow_c_stream__"):
-        return weights
+        return _only_batches(weights)
     reader: Iterable[pa.RecordBatch] = as_reader(weights)
     return reader

@@ -121,6 +121,10 @@ class Admission:
         """Ask the running calls to end with ``draining``."""
         self._ending.set()
 
+    def came(self) -> None:
+        """Told of every call, before it is known whose it is."""
+        self._crowd.came()
+
     def enter(self, call: Call) -> None:
         """Let a call in, now or after a wait in the queue.
 

@@ -192,7 +192,8 @@ class Server:
         if stopper.is_alive():
             self.admission.end_calls()
             stopper.join(last_word_s)
-        cut = self.admission.calls if stopper.is_alive() else 0
+        # Silent calls, which gave their place away, are open all the same.
+        cut = self.admission.calls + self.admission.silent if stopper.is_alive() else 0
         log.info("stopped", extra={"fields": {"cut_calls": cut}})
         self._service = None
         self._closing.close()

@@ -88,6 +88,7 @@ class CallMiddlewareFactory(flight.ServerMiddlewareFactory):  # type: ignore[mis
             return CallMiddleware(Call("pulse", method), lambda call: None)
         call = Call.from_headers(method, headers)
         self._on_start(call)
+        self._admission.came()
         try:
             with Guard(call):
                 call.identity = self._gate.identify(headers)

@@ -70,6 +70,10 @@ def main() -> None:
                 "the system starts no more threads for this process; raise its limits, or give --threads 1", error
             )
         )
+    except SystemExit:
+        if interrupts.heard():  # a command with a command line of its own has made this of it
+            interrupts.end(interrupts.taken())
+        raise
     except (InterruptedCommandError, KeyboardInterrupt) as error:
         interrupts.end(interrupts.taken(), *map(str, error.args))
 

@@ -14,8 +14,17 @@ from flightquant import __version__
 from flightquant.client.cli import InterruptedCommandError, fail
 from flightquant.client.cli.compare import JsonFlag, dequantize, ping, verify
 from flightquant.client.cli.quantize import EXAMPLES, quantize
-from flightquant.client.cli.report import console, print_inspection, print_json, print_schemes, scheme_rows
+from flightquant.client.cli.report import (
+    answer_facts,
+    console,
+    print_answers,
+    print_inspection,
+    print_json,
+    print_schemes,
+    scheme_rows,
+)
 from flightquant.client.sources import open_source
+from flightquant.client.stored import open_answers
 
 
 class _Commands(TyperGroup):
@@ -96,6 +105,10 @@ def inspect(
     as_json: JsonFlag = False,
 ) -> None:
     """Show what a model holds: schemes, shapes, sizes, ranges of the scales, metadata."""
+    answers = open_answers(model)
+    if answers is not None:
+        print_json(answer_facts(answers)) if as_json else print_answers(console(), answers)
+        return
     with open_source(model) as source:
         if as_json:
             tensors = {name: asdict(meta) for name, meta in source.tensors.items()}

@@ -49,14 +49,22 @@ def dequantize(
     Reads compressed-tensors (integers of 2 to 8 bits, floats of 4 and 8), bitsandbytes, GGUF, and tables of answers.
     """
     started = time.perf_counter()
+    target = place(output)
+    kind = Path(target.path).suffix
+    if kind in (".gguf", ".parquet", ".arrow", ".feather"):
+        raise InvalidRequestError(
+            f"dequantized weights go into a folder or *.safetensors; the output is {target.uri}",
+            field="output",
+            got=target.uri,
+        )
     with open_dequantized(model, _DTYPES[dtype]) as source:
         plan = Plan("plain", Recipe.parse({"scheme": "int8"}), kept=dict.fromkeys(source.tensors, ""))
-        with SafetensorsSink(place(output), plan, source, resume=False) as sink:
+        with SafetensorsSink(target, plan, source, resume=False) as sink:
             for tensor in source.read():
                 sink.keep(tensor)
         stored = len(getattr(source, "stored", source.tensors))
     seconds = time.perf_counter() - started
-    typer.echo(f"{output}: {stored} weights dequantized to {dtype}, {size(sink.nbytes)} in {seconds:.2f} s")
+    typer.echo(f"{target.uri}: {stored} weights dequantized to {dtype}, {size(sink.nbytes)} in {seconds:.2f} s")
 
 
 def verify(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,14 +16,21 @@ import typer
 from flightquant.client import QuantClient, Retry
 from flightquant.client.cli.page import write_page
 from flightquant.client.cli.progress import LayerProgress
-from flightquant.client.cli.report import console, conversion_facts, plan_facts, print_conversion, print_plan
+from flightquant.client.cli.report import (
+    console,
+    conversion_facts,
+    plan_facts,
+    print_conversion,
+    print_json,
+    print_plan,
+)
 from flightquant.client.client import LOCAL
 from flightquant.client.connection import Credentials
 from flightquant.client.convert import Conversion, Selection, convert, plan_of, read_importance
 from flightquant.client.recipes import OPTION_KEYS, TARGETS, Recipe, available_presets, preset, read_recipe
 from flightquant.client.safetensors import FLOATS
 from flightquant.client.sinks import sizes
-from flightquant.client.sources import Source, open_source
+from flightquant.client.sources import Source, open_source, place
 from flightquant.errors import InvalidRequestError
 from flightquant.layers import Layer
 from flightquant.reference.numeric import F32
@@ -198,10 +204,11 @@ def quantize(
         ) as client:
             files = importance_files(recipe, importance)
             result = _convert(source, output, made, client, files, quality=quality, resume=resume)
+    output = place(output).uri  # without the keys that a URI may have
     if report is not None:
-        write_page(report, result, source=model, output=output)
+        write_page(report, result, source=place(model).uri, output=output)
     if as_json:
-        typer.echo(json.dumps(conversion_facts(result, output)))
+        print_json(conversion_facts(result, output))
     else:
         print_conversion(console(), result, output)
 
@@ -285,7 +292,7 @@ def _show_plan(source: Source, output: str, recipe: Recipe, *, as_json: bool, lo
     nbytes = sizes(plan, source)
     seconds = _estimate(source, plan.groups(list(plan.commands)), threads) if local else None
     if as_json:
-        typer.echo(json.dumps(plan_facts(plan, source, nbytes, seconds)))
+        print_json(plan_facts(plan, source, nbytes, seconds))
     else:
         print_plan(console(), plan, source, nbytes, seconds)
 

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from flightquant.client.recipes import Plan, available_presets, module_of
 from flightquant.client.safetensors import FLOATS
 from flightquant.client.sinks import LayerResult
 from flightquant.client.sources import Source
-from flightquant.client.stored import StoredLayer, stored_layers
+from flightquant.client.stored import AnswerSource, StoredLayer, stored_layers
 from flightquant.describe import describe
 from flightquant.errors import InvalidRequestError
 from flightquant.layers import layer_class
@@ -171,8 +171,16 @@ def _plan_cells(names: Sequence[str], source: Source, nbytes: Mapping[str, int])
 
 
 def print_json(facts: Any) -> None:
-    """One JSON object on standard output."""
-    print(json.dumps(facts))  # noqa: T201
+    """One JSON object on standard output; null for what JSON has no number for, as the ratio of no error at all."""
+    print(json.dumps(_finite(facts), allow_nan=False))  # noqa: T201
+
+
+def _finite(facts: Any) -> Any:
+    if isinstance(facts, Mapping):
+        return {key: _finite(value) for key, value in facts.items()}
+    if isinstance(facts, list | tuple):
+        return [_finite(each) for each in facts]
+    return None if isinstance(facts, float) and not isfinite(facts) else facts
 
 
 def scheme_rows() -> dict[str, Any]:
@@ -253,6 +261,31 @@ def print_inspection(console: Console, file: Source) -> None:
         console.print(f"What looks quantized is shown as it lies: {misfit}", highlight=False, markup=False)
     for key, value in file.metadata.items():
         console.print(f"metadata {key}: {value}", highlight=False, markup=False, soft_wrap=True)
+
+
+def answer_facts(answers: AnswerSource) -> dict[str, Any]:
+    """What a table of answers holds, for programs."""
+    return {"layers": list(answers.rows()), "metadata": answers.metadata}
+
+
+def print_answers(console: Console, answers: AnswerSource) -> None:
+    """Every row of a table of answers."""
+    table = Table(pad_edge=False, box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("layer", overflow="fold", style="cyan")
+    table.add_column("scheme", no_wrap=True)
+    for heading in ("shape", "bits/w", "size", "SQNR dB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    weights = nbytes = rows = 0
+    for row in answers.rows():
+        n = prod(row["shape"])
+        weights, nbytes, rows = weights + n, nbytes + row["nbytes"], rows + 1
+        scheme = " ".join([row["scheme"] or "", f"g{row['group_size']}" if row["group_size"] else ""])
+        bits = f"{8 * row['nbytes'] / n:.2f}" if n else ""
+        ratio = "" if row["sqnr_db"] is None else f"{row['sqnr_db']:.2f}"
+        table.add_row(row["layer_name"], scheme, _shape(row["shape"]), bits, size(row["nbytes"]), ratio)
+    console.print(table)
+    console.print()
+    console.print(f"{rows} quantized layers: {count(weights)} weights in {size(nbytes)}", highlight=False)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

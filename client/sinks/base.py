@@ -193,7 +193,7 @@ class Sink(ABC):
         """Keep what is written for a call that goes on, unless that would fail in the same way, or is nothing."""
         self._close()
         at_fault = isinstance(error, FlightquantError) and isinstance(error, ValueError)
-        if at_fault or not self.results:
+        if at_fault or not self.results or self._work.placed:
             self._work.discard()
             return
         self._work.leave()

@@ -43,6 +43,8 @@ class Work:
         Where the file or folder grows.
     done : dict of str to dict
         The finished tensors and what was noted of each.
+    placed : bool
+        Whether the output is in its place.
 
     Raises
     ------
@@ -57,8 +59,9 @@ class Work:
         self.folder = self._folder()
         self.output = self.folder / OUTPUT
         self.done: dict[str, dict[str, Any]] = {}
-        self._check_target()
+        self.placed = False
         self._journal = self.folder / JOURNAL
+        self._check_target(resume=resume)
         try:
             self.folder.mkdir(exist_ok=True)
             self._lock()
@@ -67,7 +70,7 @@ class Work:
             except BaseException:
                 if not resume:
                     shutil.rmtree(self.folder, ignore_errors=True)
-                os.close(self._held)
+                self._unlock()
                 raise
         except OSError as error:
             # The user knows only the name that was asked for.
@@ -89,12 +92,26 @@ class Work:
         digest = hashlib.sha256(self.target.uri.encode()).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"flightquant-{os.getuid()}-{digest}"
 
-    def _check_target(self) -> None:
+    def _check_target(self, *, resume: bool) -> None:
         local = self.target.local
-        if local is None or not local.exists() or (local.is_dir() and not any(local.iterdir())):
+        if local is None:
+            # What is gone on with may have been copied in part already.
+            if (resume and self._journal.exists()) or not self._stands_there():
+                return
+            full = ""
+        elif not local.exists() or (local.is_dir() and not any(local.iterdir())):
             return
-        full = " and is not empty" if local.is_dir() else ""
+        else:
+            full = " and is not empty" if local.is_dir() else ""
         raise InvalidRequestError(f"{self.target.uri} exists{full}; remove it or choose another output", field="output")
+
+    def _stands_there(self) -> bool:
+        """Whether there is a file of a URI, or one below it."""
+        try:
+            found = self.target.info()
+        except FileNotFoundError:
+            return False
+        return found.is_file or bool(self.target.files(recursive=True))
 
     def _lock(self) -> None:
         self._held = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -147,9 +164,11 @@ class Work:
         size = sum(path.stat().st_size for path in files)
         if self.target.local is not None:
             self.output.replace(self.target.local)
+            self.placed = True
             _sync(self.target.local.absolute().parent)
         else:
             self._upload(files)
+            self.placed = True
         self.discard()
         return size
 
@@ -171,13 +190,19 @@ class Work:
     def leave(self) -> None:
         """Stop, and leave what is done for a later call."""
         self._out.close()
-        os.close(self._held)
+        self._unlock()
 
     def discard(self) -> None:
         """Remove the folder."""
         self._out.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._held)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        # Ctrl-C may have come in the midst of it once already.
+        held, self._held = self._held, -1
+        if held >= 0:
+            os.close(held)
 
 
 def _boot() -> str:
@@ -247,9 +272,9 @@ class PlacedFile:
 
     def close(self) -> None:
         """Close the file."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
 
 
 def _check_room(path: Path, size: int) -> None:

@@ -19,11 +19,12 @@ from flightquant import wire
 from flightquant.client.safetensors import FLOATS, give_back
 from flightquant.client.sources.base import Source, Tensor, TensorMeta
 from flightquant.client.sources.places import Place
-from flightquant.errors import InvalidRequestError
+from flightquant.errors import InvalidRequestError, shown
 from flightquant.layers import as_reader
 
 _CODES = {dtype: code for code, dtype in FLOATS.items()}
 _COLUMNS = ("layer_name", "weights", "shape")
+_TEXTS = (pa.utf8(), pa.large_utf8(), pa.string_view())
 
 
 class _Run(ABC):
@@ -37,10 +38,38 @@ class _Run(ABC):
 
     @abstractmethod
     def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
-        """The rows in order, few at a time."""
+        """The rows in order, few at a time, as nobody has checked them."""
+
+    def checked(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """The rows in order, of which every offset and length fits: a file may hold anything.
+
+        Raises
+        ------
+        InvalidRequestError
+            They break Arrow's own rules or cannot be decoded.
+        """
+        batches = self.batches(columns)
+        while True:
+            with readable("the rows cannot be read"):
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                batch.validate(full=True)
+            yield batch
 
     def release(self, batch: pa.RecordBatch) -> None:  # noqa: B027 - most have nothing to give up
         """Give up the memory of a batch, if it can be read again."""
+
+
+@contextlib.contextmanager
+def readable(problem: str) -> Iterator[None]:
+    """What Arrow says of bytes that it cannot read becomes the caller's mistake; what the system says stays."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise InvalidRequestError(f"{problem}: {str(error)[:200]}") from None
 
 
 class _Held(_Run):
@@ -143,11 +172,12 @@ class TableSource(Source):
             self._index(number, run)
 
     def _index(self, number: int, run: _Run) -> None:
-        dtype = self._check(run)
+        with readable("the columns cannot be read"):
+            dtype = self._check(run)
         has_shape = "shape" in run.schema.names
         columns = [name for name in _COLUMNS if name in run.schema.names and (name != "weights" or not has_shape)]
         row = 0
-        for batch in run.batches(columns):
+        for batch in run.checked(columns):
             names = batch.column("layer_name").to_pylist() if run.name is None else [run.name] * batch.num_rows
             shapes = batch.column("shape") if has_shape else pc.list_value_length(batch.column("weights"))
             for name, shape in zip(names, shapes.to_pylist(), strict=True):
@@ -163,14 +193,19 @@ class TableSource(Source):
                 raise InvalidRequestError(
                     f'{self.label} has no column "{name}"; expected layer_name, weights and shape', field=name
                 )
+        kind = run.schema.field("layer_name").type if "layer_name" in names else pa.utf8()
+        if not any(map(kind.equals, _TEXTS)) and not pa.types.is_dictionary(kind):
+            # A column of nulls may have 2^62 rows in no bytes.
+            raise InvalidRequestError(f"in {self.label} layer_name is {kind}; expected text", field="layer_name")
         return wire.weights_dtype(run.schema.field("weights"))
 
     def _add(self, name: str | None, shape: list[int | None] | None, dtype: str, at: tuple[int, int]) -> None:
         if not name or name in self._rows:
             problem = f'layer "{name[:200]}" stands twice' if name else "a layer has no name"
             raise InvalidRequestError(f"in {self.label} {problem}; expected one row for each layer", field="layer_name")
-        if shape is None or any(extent is None or extent < 0 for extent in shape):
-            raise InvalidRequestError(f'layer "{name}" has the shape {shape}', field="shape", got=shape)
+        good = isinstance(shape, list) and all(isinstance(extent, int) and extent >= 0 for extent in shape)
+        if not good or shape is None or prod(extent or 0 for extent in shape) >= 2**63:
+            raise InvalidRequestError(f'layer "{name[:200]}" has the shape {shown(shape)}', field="shape", got=shape)
         extents = tuple(int(extent) for extent in shape if extent is not None)
         itemsize = {"float64": 8, "float32": 4}.get(dtype, 2)
         self.tensors[name] = TensorMeta(_CODES[dtype], extents, prod(extents) * itemsize)
@@ -181,7 +216,7 @@ class TableSource(Source):
         number, row = self._rows[name]
         columns = ["weights"]
         if self._at is None or self._at[0] != number or self._at[1] > row:
-            batches = self._runs[number].batches(columns)
+            batches = self._runs[number].checked(columns)
             self._at = (number, 0, next(batches), batches)
         _, first, batch, batches = self._at
         while row >= first + batch.num_rows:
@@ -265,16 +300,15 @@ class FileTableSource(TableSource):
         self._infos: list[Any] = []
         runs: list[_Run] = []
         stack = contextlib.ExitStack()
-        try:
+        with contextlib.ExitStack() as undo, readable(f"{place.name} is no good {kind} file"):
+            undo.callback(stack.close)
             whole = ds.dataset(place.path, filesystem=place.filesystem, format=kind, partitioning="hive")
             for fragment in whole.get_fragments():
                 self._infos.append(place.filesystem.get_file_info(fragment.path))
                 keys = ds.get_partition_keys(fragment.partition_expression)
                 name = keys.get("layer_name")
                 runs += _file_runs(place, fragment.path, kind, None if name is None else str(name), stack)
-        except pa.ArrowException as error:
-            stack.close()
-            raise InvalidRequestError(f"{place.name} is no good {kind} file: {str(error)[:200]}") from None
+            undo.pop_all()
         super().__init__(place.name, runs, stack)
 
     def fingerprint(self) -> list[Any]:

@@ -25,6 +25,11 @@ def taken() -> signal.Signals:
     return _taken[0] if _taken else signal.SIGINT
 
 
+def heard() -> bool:
+    """Whether the main thread has heard of a signal."""
+    return bool(_taken)
+
+
 def watch() -> None:
     """Have SIGINT and SIGTERM end this process; of the main thread, before anything that takes time is loaded.
 
@@ -35,7 +40,8 @@ def watch() -> None:
     sender.setblocking(False)
     signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     for number in WORDS:
-        signal.signal(number, _interrupt)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # so does a shell start what runs in its background
+            signal.signal(number, _interrupt)
 
     def wait() -> None:
         with sender:  # held open as long as the process

@@ -81,17 +81,21 @@ def as_layer(name: str, tensor: Any) -> Layer:
     Raises
     ------
     InvalidRequestError
-        The name is no text, or the values are not float32, float16, bfloat16 or float64.
+        The name is no text, or the values are not float32, float16, bfloat16 or float64, or not there (a tensor on the
+        ``meta`` device, masked ones, nulls).
     """
     if not isinstance(name, str):
         raise InvalidRequestError(f"a layer's name is {name!r}; expected text", field="layer_name", got=repr(name))
     if isinstance(tensor, Layer):
         return tensor
-    if type(tensor).__module__.split(".")[0] == "torch":
-        array, dtype = _from_torch(tensor)
-    else:
-        array = tensor.to_numpy(zero_copy_only=True) if isinstance(tensor, pa.Array) else np.asarray(tensor)
-        dtype = array.dtype.name
+    try:
+        array, dtype = _as_array(tensor)
+    except (TypeError, ValueError, RuntimeError, pa.ArrowException) as error:  # each library's own
+        raise InvalidRequestError(
+            f'layer "{name}" gives no array: {(str(error).splitlines() or [type(error).__name__])[0][:200]}',
+            field="weights",
+            got=type(tensor).__name__,
+        ) from error
     if dtype not in _ARROW_VALUES:
         raise InvalidRequestError(
             f'layer "{name}" has dtype {dtype}; expected {", ".join(_ARROW_VALUES)}',
@@ -106,10 +110,22 @@ def as_layer(name: str, tensor: Any) -> Layer:
     return Layer(name, tuple(map(int, array.shape)), dtype, flat.reshape(-1), copied)
 
 
+def _as_array(tensor: Any) -> tuple[npt.NDArray[Any], str]:
+    """A tensor's memory as an array, and its dtype."""
+    if type(tensor).__module__.split(".")[0] == "torch":
+        return _from_torch(tensor)
+    if np.ma.is_masked(tensor):
+        raise ValueError("some of its values are masked")
+    array = tensor.to_numpy(zero_copy_only=True) if isinstance(tensor, pa.Array) else np.asarray(tensor)
+    return array, array.dtype.name
+
+
 def _from_torch(tensor: Any) -> tuple[npt.NDArray[Any], str]:
     """A torch tensor's memory as an array, and its dtype; bfloat16, which NumPy lacks, as a view of its bits."""
     held = tensor.detach().cpu()
     dtype = str(held.dtype).removeprefix("torch.")
+    if dtype not in _ARROW_VALUES:
+        return np.empty(0), dtype
     if dtype == "bfloat16":
         bits: npt.NDArray[Any] = held.view(sys.modules["torch"].int16).numpy()
         return bits.view(np.uint16), dtype
@@ -222,10 +238,18 @@ def as_reader(weights: Any) -> pa.RecordBatchReader:
     if isinstance(weights, pa.RecordBatchReader):
         return weights
     if hasattr(weights, "__arrow_c_stream__"):
-        return pa.RecordBatchReader.from_stream(weights)
+        try:
+            return pa.RecordBatchReader.from_stream(weights)
+        except pa.ArrowException as error:
+            raise InvalidRequestError(
+                f"weights is a {type(weights).__name__} that gives no stream of batches: {str(error)[:200]}",
+                field="weights",
+                got=type(weights).__name__,
+            ) from error
+    mapping = "" if isinstance(weights, Mapping) else "a mapping of names to arrays, "
     raise InvalidRequestError(
-        f"weights is a {type(weights).__name__}; expected a mapping of names to arrays, a pyarrow Table, RecordBatch "
-        "or reader, or an object with __arrow_c_stream__",
+        f"weights is a {type(weights).__name__}; expected {mapping}a pyarrow Table, RecordBatch or reader, or an "
+        "object with __arrow_c_stream__",
         field="weights",
         got=type(weights).__name__,
     )

@@ -28,6 +28,12 @@ def quantized_batches(answers: pa.Table | pa.RecordBatch) -> Iterator[pa.RecordB
     InvalidRequestError
         A column is missing or of a type that cannot be the contract's.
     """
+    if not isinstance(answers, pa.Table | pa.RecordBatch):
+        raise InvalidRequestError(
+            f"answers is a {type(answers).__name__}; expected the Table or RecordBatch that quantize gave",
+            field="answers",
+            got=type(answers).__name__,
+        )
     missing = [name for name in NEEDED if name not in answers.schema.names]
     if missing:
         raise InvalidRequestError(f"the table has no column {missing[0]!r}", field=missing[0], expected=NEEDED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
 
-from flightquant.client import QuantClient
+from flightquant.client import AsyncQuantClient, QuantClient
 from flightquant.client.exchange import Window, our_error
 from flightquant.errors import (
     DeadlineError,
@@ -296,3 +297,71 @@ def test_ctrl_c_ends_a_call_that_waits() -> None:
 def test_our_error_keeps_the_sentence_alone() -> None:
     text = "Flight returned unavailable error, with message: full. Detail: Unavailable. gRPC client debug context: x"
     assert str(our_error(flight.FlightUnavailableError(text))) == "the server was lost or cannot be reached: full"
+
+
+class Unreadable:
+    """What a torch tensor on the device ``meta`` does."""
+
+    def __array__(self, *_: Any) -> np.ndarray:
+        raise NotImplementedError("Cannot copy out of meta tensor; no data!\nand more")
+
+
+NO_ARRAYS = {
+    "Cannot copy out of meta tensor; no data!": Unreadable(),
+    "some of its values are masked": np.ma.masked_less(np.arange(4.0), 2),
+    "null": pa.array([1.0, None]),
+}
+
+
+@pytest.mark.parametrize("reason", NO_ARRAYS)
+def test_what_gives_no_array_is_told_with_its_layer(reason: str) -> None:
+    with pytest.raises(InvalidRequestError, match=r"layer \"the\.bad\.one\" gives no array: ") as raised:
+        as_layer("the.bad.one", NO_ARRAYS[reason])
+    assert reason in raised.value.message
+    assert "\n" not in raised.value.message
+
+
+def test_a_torch_dtype_that_numpy_lacks_is_told_with_its_layer() -> None:
+    tensor = type("Tensor", (), {"__module__": "torch", "detach": lambda self: self, "cpu": lambda self: self})()
+    tensor.dtype = "torch.float8_e4m3fn"
+    with pytest.raises(InvalidRequestError, match='layer "w" has dtype float8_e4m3fn; expected float32'):
+        as_layer("w", tensor)
+
+
+@pytest.mark.parametrize("where", ["local", "served"])
+def test_what_is_no_batch_is_told(serve: Serve, where: str) -> None:
+    with QuantClient("local" if where == "local" else serve().uri, retry=None) as client:
+        with pytest.raises(InvalidRequestError, match="gives a tuple; expected RecordBatches, or a mapping"):
+            client.quantize(iter({"w": np.ones(128, np.float32)}.items()), "int4")
+        with pytest.raises(InvalidRequestError, match="a ChunkedArray that gives no stream of batches"):
+            client.quantize(pa.chunked_array([[1.0]]), "int4")
+        with pytest.raises(InvalidRequestError, match="answers is a dict; expected the Table"):
+            client.dequantize({})  # type: ignore[arg-type]
+        assert client.quantize([pa.Table.from_batches(batches(3))], "int4").num_rows == 9
+
+
+def test_a_closed_client_says_so(serve: Serve) -> None:
+    client = QuantClient(serve().uri)
+    client.close()
+    with pytest.raises(InvalidRequestError, match="the client is closed"):
+        client.quantize(batches(1), "int4")
+
+
+def test_an_error_in_the_progress_callback_ends_an_async_call(serve: Serve) -> None:
+    told: list[str] = []
+
+    def progress(name: str, fraction: float) -> None:
+        told.append(name)
+        raise RuntimeError("no screen")
+
+    async def calls(uri: str) -> None:
+        async with AsyncQuantClient(uri) as client:
+            with pytest.raises(RuntimeError, match="no screen"):
+                await client.quantize(batches(10), "int4", progress=progress)
+            with pytest.raises(RuntimeError, match="no screen"):
+                async for _ in client.stream(batches(10), "int4", progress=progress):
+                    pass
+
+    asyncio.run(calls(serve().uri))
+    assert len(told) == 2
+    assert no_thread_left()

@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors import numpy as official
@@ -92,6 +93,50 @@ def test_tables_are_read_back(model: Path, tmp_path: Path) -> None:
     told = json.loads(out)
     assert told["passed"]
     assert {row["layer"] for row in told["layers"]} == {f"layers.{i}.up.weight" for i in range(3)}
+
+
+def test_tables_are_inspected(model: Path, tmp_path: Path) -> None:
+    flightquant_("quantize", model, "-o", tmp_path / "q.parquet", "--scheme", "q8_0")
+    shown = flightquant_("inspect", tmp_path / "q.parquet")[0]
+    assert "layers.2.up.weight  q8_0 g32  37x256    8.50" in shown
+    assert "3 quantized layers: 28.4 k weights in 30.2 kB" in shown
+    told = json.loads(flightquant_("inspect", tmp_path / "q.parquet", "--json")[0])["layers"]
+    assert [(row["layer_name"], row["shape"], row["nbytes"]) for row in told] == [
+        (f"layers.{i}.up.weight", [37, 256], 37 * 8 * 34) for i in range(3)
+    ]
+
+
+ROWS = {
+    'layer "x" of t.parquet has the shape None': {"layer_name": ["x"], "shape": pa.array([None], pa.list_(pa.int64()))},
+    'in t.parquet layer "x" stands twice': {"layer_name": ["x", "x"], "shape": [[1, 2], [1, 2]]},
+    "in t.parquet a row has no layer name": {"layer_name": pa.array([None], pa.utf8()), "shape": [[1, 2]]},
+    "t.parquet has no column 'shape'": {"layer_name": ["x"]},
+}
+
+
+@pytest.mark.parametrize("sentence", ROWS)
+def test_tables_that_no_call_gave_are_told(tmp_path: Path, sentence: str) -> None:
+    columns = ROWS[sentence]
+    pq.write_table(pa.table({**columns, "quantized_data": [b"1"] * len(columns["layer_name"])}), tmp_path / "t.parquet")
+    with pytest.raises(InvalidRequestError) as raised:
+        open_dequantized(str(tmp_path / "t.parquet"))
+    assert sentence in raised.value.message
+
+
+def test_no_keys_of_a_uri_are_shown(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    out, err = flightquant_("quantize", model, "-o", "memory://me:secret@b/out", "--report", tmp_path / "r.html")
+    assert "memory://b/out: " in out
+    assert "secret" not in out + err + (tmp_path / "r.html").read_text()
+
+
+def test_json_has_no_numbers_that_json_lacks(tmp_path: Path) -> None:
+    official.save_file({"a.weight": np.zeros((2, 128), np.float32)}, tmp_path / "zeros.safetensors")
+    for words in (("quantize", tmp_path / "zeros.safetensors", "-o", tmp_path / "q"),
+                  ("verify", tmp_path / "zeros.safetensors", tmp_path / "q")):  # fmt: skip
+        told = flightquant_(*words, "--json")[0]
+        (layer,) = json.loads(told, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))["layers"]
+        assert (layer["sqnr_db"], layer["max_abs_error"]) == (None, 0.0)
 
 
 @pytest.mark.parametrize("kind", ["npz", "safetensors", "gguf"])
@@ -334,6 +379,11 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
         "x.npz: No such file or directory",
     ),
     "no place for the report": (["quantize", "MODEL", "-o", "out", "--report", "no/r.html"], 1, "no/r.html: No such"),
+    "weights into a GGUF": (
+        ["dequantize", "MODEL", "-o", "out.gguf"],
+        1,
+        "into a folder or *.safetensors; the output is",
+    ),
     "a shard is missing": (["quantize", "SHARDS", "-o", "out"], 1, "shards/gone.safetensors: No such file"),
     "Ctrl-C": (["quantize", "MODEL", "-o", "out", "--threads", "5"], 130, "interrupted; what is written stays"),
     "no memory": (["quantize", "MODEL", "-o", "out", "--threads", "3"], 1, "there is not enough memory"),

@@ -35,6 +35,7 @@ class Unreachable:
 
     def __init__(self) -> None:
         self.opening, self.found, self.cancelled = threading.Event(), threading.Event(), threading.Event()
+        self.closed = threading.Event()
 
     def do_exchange(self, descriptor: Any, options: Any) -> tuple[Any, Any]:
         self.opening.set()
@@ -44,6 +45,9 @@ class Unreachable:
 
     def cancel(self) -> None:
         self.cancelled.set()
+
+    def close(self) -> None:
+        self.closed.set()
 
 
 def test_a_stream_that_does_not_open_holds_nobody_up() -> None:
@@ -59,6 +63,7 @@ def test_a_stream_that_does_not_open_holds_nobody_up() -> None:
         list(exchange)
     client.found.set()
     assert client.cancelled.wait(20), "what opens too late goes on"
+    assert client.closed.wait(20), "Arrow complains on standard error"
 
 
 def test_a_stream_that_does_not_open_is_a_lost_server() -> None:
@@ -77,6 +82,14 @@ def deaf():
     "From now on another thread takes Ctrl-C: nothing wakes the main thread, on which Python handles it."
     threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
     signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.SIGINT, signal.SIGTERM}})
+def tell_asleep():
+    "Say that the main thread waits, once it has been found so twenty times in a row."
+    found = 0
+    while found < 20:
+        with open(f"/proc/self/task/{{os.getpid()}}/stat") as file:
+            found = found + 1 if file.read().rpartition(")")[2].split()[0] == "S" else 0
+        time.sleep(0.01)
+    print("now", flush=True)
 """
 WAITING = """
 import conftest, logging, numpy as np
@@ -135,9 +148,9 @@ def test_ctrl_c_that_another_thread_takes_is_heard(wait: str) -> None:
 
 COMMANDS = {
     "loads": ("print('now', flush=True)\nwhile True: pass", False),
-    "hears nothing": ("interrupts.loaded()\ndeaf()\nprint('now', flush=True)\n"
+    "hears nothing": ("interrupts.loaded()\ndeaf()\nthreading.Thread(target=tell_asleep, daemon=True).start()\n"
                       "lock = threading.Lock()\nlock.acquire()\nlock.acquire()", False),
-    "tidies for too long": ("interrupts.loaded()\nprint('now', flush=True)\ntry: time.sleep(1000)\n"
+    "tidies for too long": ("interrupts.loaded()\ntry:\n    print('now', flush=True)\n    time.sleep(1000)\n"
                             "except KeyboardInterrupt:\n    print('tidies', flush=True)\n    time.sleep(1000)", True),
 }  # fmt: skip
 
@@ -150,6 +163,23 @@ def test_a_command_ends_whatever_it_does(command: str, number: signal.Signals) -
     code, out, errors = interrupted(watching + program, "now", number, again)
     word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number]
     assert (code, out, errors) == (128 + number, "", f"flightquant: {word}")
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    program = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nfrom flightquant import interrupts\ninterrupts.watch()\n"
+    program += "os.kill(os.getpid(), signal.SIGINT)\nprint('on', flush=True)\nos.kill(os.getpid(), signal.SIGTERM)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM + program + "while True: pass"], capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stdout.strip(), done.stderr.strip()) == (143, b"on", b"flightquant: terminated")
+
+
+def test_commands_with_a_command_line_of_their_own_end_in_the_same_words() -> None:
+    program = "from flightquant import interrupts\ninterrupts.watch()\nfrom flightquant.client.cli import main\n"
+    program += "import flightquant.benchmarks.cli as bench, typer\nbench.app = typer.Typer()\n@bench.app.command()\n"
+    program += "def wait():\n    print('now', flush=True)\n    time.sleep(1000)\nsys.argv[1:] = ['bench']\nmain()"
+    code, _, errors = interrupted(program, "now", signal.SIGTERM)
+    assert (code, errors.splitlines()[-1]) == (143, "flightquant: terminated")
 
 
 def test_sigterm_is_told_and_leaves_no_output(serve: Any, faults: Any, tmp_path: Path) -> None:

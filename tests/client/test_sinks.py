@@ -26,6 +26,8 @@ from flightquant.client import QuantClient
 from flightquant.client.convert import Conversion, convert
 from flightquant.client.recipes import Recipe
 from flightquant.client.sinks import safetensors as sink_module
+from flightquant.client.sinks import work as work_module
+from flightquant.client.sinks.work import Work
 from flightquant.client.sources import open_source
 from flightquant.client.stored import open_dequantized
 from flightquant.errors import InvalidRequestError, UnavailableError
@@ -226,6 +228,44 @@ def test_outputs_that_do_not_fit(tmp_path: Path, output: str, recipe: Any, sente
     assert os.listdir(tmp_path) == ["m"]
 
 
+@pytest.mark.parametrize("after", ["_sync", "rmtree", "close"])
+def test_ctrl_c_while_the_output_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str) -> None:
+    source = model(tmp_path / "m")
+    owner: Any = {"_sync": work_module, "rmtree": work_module.shutil, "close": work_module.os}[after]
+    real, interrupted = getattr(owner, after), []
+
+    def once(*given: Any, **options: Any) -> Any:
+        done = real(*given, **options)
+        if (tmp_path / "out").exists() and not interrupted:
+            interrupted.append(after)
+            raise KeyboardInterrupt
+        return done
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt) as raised:
+        patched.setattr(owner, after, once)
+        run(source, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["m", "out"]
+    assert not getattr(raised.value, "__notes__", [])
+    run(source, tmp_path / "again")
+    assert tree(tmp_path / "out") == tree(tmp_path / "again")
+
+
+def test_a_gguf_output_takes_the_packing_of_gguf(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    made = np.random.default_rng(3).standard_normal((8, 64), np.float32)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("blk.0.ffn_up.weight", made)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    run(tmp_path / "m.gguf", tmp_path / "q.gguf", scheme="mxfp4")
+    (tensor,) = gguf.GGUFReader(tmp_path / "q.gguf").tensors
+    assert tensor.tensor_type == gguf.GGMLQuantizationType.MXFP4
+    wanted = gguf.quants.quantize(made, gguf.GGMLQuantizationType.MXFP4)
+    assert tensor.data.tobytes() == wanted.tobytes()
+
+
 def test_a_bucket(tmp_path: Path) -> None:
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
@@ -236,6 +276,30 @@ def test_a_bucket(tmp_path: Path) -> None:
         got = {path.removeprefix("/bucket/out/"): memory.cat(path) for path in memory.find("/bucket/out")}
         wanted = {str(f.relative_to(tmp_path / "out")): f.read_bytes() for f in (tmp_path / "out").rglob("*.*")}
         assert got == wanted
+        with pytest.raises(InvalidRequestError, match="memory://bucket/out exists; remove it or choose another"):
+            run(source, "memory://bucket/out")
+        assert {path.removeprefix("/bucket/out/"): memory.cat(path) for path in memory.find("/bucket/out")} == wanted
+    finally:
+        memory.rm("/bucket", recursive=True)
+
+
+def test_a_bucket_that_was_written_in_part_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    source = model(tmp_path / "m")
+
+    def killed(work: Work, files: list[Path]) -> None:
+        memory.pipe("/bucket/out/model.safetensors", b"half")
+        raise KeyboardInterrupt
+
+    try:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Work, "_upload", killed)
+            run(source, "memory://bucket/out")
+        with pytest.raises(InvalidRequestError, match="exists"):
+            run(source, "memory://bucket/out")
+        run(source, "memory://bucket/out", resume=True)
+        assert memory.size("/bucket/out/model.safetensors") > 4
     finally:
         memory.rm("/bucket", recursive=True)
 

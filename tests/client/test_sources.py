@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -229,6 +230,8 @@ def test_an_index_that_names_what_is_not_there(tmp_path: Path) -> None:
         (lambda t: t.set_column(0, "layer_name", pa.array([None] * 4, pa.utf8())), "a layer has no name"),
         (lambda t: t.set_column(2, "shape", pa.array([[8, 127]] * 4)), "has 1024 weights; expected 1016"),
         (lambda t: t.set_column(2, "shape", pa.array([[-1]] * 4)), r"has the shape \[-1\]"),
+        (lambda t: t.set_column(2, "shape", pa.array([[2**62] * 999] * 4)), r"has the shape \[4611686018427387904"),
+        (lambda t: t.set_column(2, "shape", pa.array([["a"]] * 4)), r"has the shape \["),
         (
             lambda t: t.set_column(
                 1, pa.field("weights", pa.list_(pa.float32())), pa.array([[1, None]] * 4, pa.list_(pa.float32()))
@@ -241,6 +244,66 @@ def test_tables_that_are_not_right(tmp_path: Path, change: Any, sentence: str) -
     pq.write_table(change(table()), tmp_path / "m.parquet")
     with pytest.raises(InvalidRequestError, match=sentence):
         list(open_source(tmp_path / "m.parquet").layers())
+
+
+@pytest.mark.parametrize(("at", "bad"), [(0, -(1 << 30)), (1, 1 << 30), (2, 1 << 30), (2, 1)])
+@pytest.mark.parametrize("offsets", [(0, 3, 6), (0, 2, 4), (0, 8, 16)], ids=["names", "shapes", "weights"])
+def test_an_arrow_file_whose_offsets_lead_elsewhere(
+    tmp_path: Path, offsets: tuple[int, ...], at: int, bad: int
+) -> None:
+    """Without a check of each batch this reads other memory of the process, or ends it."""
+    lists = pa.array([[0.5] * 8] * 2, pa.list_(pa.float32()))
+    good = pa.table({"layer_name": ["one", "two"], "weights": lists, "shape": [[2, 4]] * 2})
+    feather.write_feather(good, tmp_path / "m.arrow", compression="uncompressed")
+    written = (tmp_path / "m.arrow").read_bytes()
+    assert len(list(open_source(tmp_path / "m.arrow").layers())) == 2
+    sent = np.array(offsets, np.int32)
+    changed = sent.copy()
+    changed[at] = bad
+    assert written.count(sent.tobytes()) == 1
+    (tmp_path / "m.arrow").write_bytes(written.replace(sent.tobytes(), changed.tobytes()))
+    with pytest.raises(InvalidRequestError, match="the rows cannot be read"):
+        list(open_source(tmp_path / "m.arrow").layers())
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    nothing = pa.table({"layer_name": pa.nulls(4), "weights": table()["weights"]})
+    feather.write_feather(nothing, tmp_path / "m.arrow")
+    with pytest.raises(InvalidRequestError, match="layer_name is null"):
+        open_source(tmp_path / "m.arrow")
+
+
+def _text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+@pytest.mark.parametrize(
+    ("pairs", "sentence"),
+    [
+        ([_text(b"a") + struct.pack("<IIQ", 9, 0, 1 << 60)], "header has 1152921504606846976 values"),
+        ([_text(b"a") + struct.pack("<IIQ", 9, 4, 1 << 20)], "ends behind the end"),
+        ([_text(b"a") + struct.pack("<IIQ", 9, 8, 1 << 20)], "cut short"),
+        ([_text(b"a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 2000], "a value of type 9"),
+        ([_text(b"a") + struct.pack("<IQ", 8, 1 << 63)], "cut short|ends behind"),
+        ([_text(b"a") + struct.pack("<II", 99, 1)], "a value of type 99"),
+        ([_text(b"general.architecture") + struct.pack("<I", 8) + _text(b"\xff\x80")], "utf-8"),
+        ([struct.pack("<Q", 1 << 63)], "cut short"),
+    ],
+)
+def test_a_gguf_header_that_announces_what_is_not_there(tmp_path: Path, pairs: list[bytes], sentence: str) -> None:
+    """The package gguf would make objects for all of it, until memory ends."""
+    pytest.importorskip("gguf")
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, len(pairs))
+    (tmp_path / "m.gguf").write_bytes(header + b"".join(pairs) + b"\0" * 8)
+    with pytest.raises(InvalidRequestError, match=f"m.gguf is no good GGUF file: .*({sentence})"):
+        open_source(tmp_path / "m.gguf")
+
+
+def test_a_gguf_header_of_more_tensors_than_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1 << 20, 0) + b"\0" * 64)
+    with pytest.raises(InvalidRequestError, match="ends behind the end"):
+        open_source(tmp_path / "m.gguf")
 
 
 def test_what_cannot_be_opened(tmp_path: Path) -> None:

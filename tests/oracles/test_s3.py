@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
         boto3.client("s3", endpoint_url=f"http://127.0.0.1:{number}").create_bucket(Bucket=BUCKET)
         yield number
     finally:
+        # What one holds, all servers of a process do.
+        urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{number}/moto-api/reset", method="POST"))
         running.stop()
 
 

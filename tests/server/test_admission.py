@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -291,24 +293,58 @@ def test_a_crowd_before_the_door_asks_for_pythons_lock_less_often(monkeypatch: p
         sys.setswitchinterval(usual)
 
 
-def test_a_flood_asks_for_pythons_lock_least_often_until_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    usual, now = sys.getswitchinterval(), 100.0
+def test_a_flood_asks_for_pythons_lock_least_often_until_its_threads_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most threads of a flood wait for the lock without being refused, which must not count as calm."""
+    usual, now, there = sys.getswitchinterval(), 100.0, crowd.FLOOD - 1
     monkeypatch.setattr(crowd.time, "monotonic", lambda: now)
+    monkeypatch.setattr(crowd, "threads", lambda: there)
     met = crowd.Crowd()
     try:
-        for _ in range(crowd.FLOOD - 1):
-            met.refused()
+        met.came()
+        assert sys.getswitchinterval() == pytest.approx(usual)
+        met.refused()
         assert sys.getswitchinterval() == pytest.approx(crowd.CROWDED_SWITCH_S)
-        met.refused()
-        assert sys.getswitchinterval() == pytest.approx(crowd.FLOODED_SWITCH_S)
-        now += 1.5 * crowd.CALM_S
-        met.refused()
-        assert sys.getswitchinterval() == pytest.approx(crowd.CROWDED_SWITCH_S), "a few are refused still"
+        there = crowd.FLOOD
+        met.came()
+        assert sys.getswitchinterval() == pytest.approx(crowd.CROWDED_SWITCH_S), "it was looked a moment ago"
+        for _ in range(3):
+            now += 2 * crowd.CALM_S
+            met.came()
+            met.found_room()
+            assert sys.getswitchinterval() == pytest.approx(crowd.FLOODED_SWITCH_S)
+        there = crowd.FLOOD - 1
+        now += 2 * crowd.LOOK_S
+        met.came()
+        assert sys.getswitchinterval() == pytest.approx(crowd.CROWDED_SWITCH_S), "it was here a moment ago"
         now += 1.5 * crowd.CALM_S
         met.found_room()
         assert sys.getswitchinterval() == pytest.approx(usual)
     finally:
         sys.setswitchinterval(usual)
+
+
+def test_threads_are_counted_as_the_kernel_does() -> None:
+    before, end = crowd.threads(), threading.Event()
+    waiting = [threading.Thread(target=end.wait) for _ in range(5)]
+    for thread in waiting:
+        thread.start()
+    try:
+        assert crowd.threads() >= before + 1  # others may have ended
+        assert abs(crowd.threads() - len(os.listdir("/proc/self/task"))) <= 5
+    finally:
+        end.set()
+        for thread in waiting:
+            thread.join(60)
+
+
+def test_every_call_is_told_before_it_is_known_whose_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A flood of calls that no token lets in is a flood too."""
+    (tmp_path / "tokens").write_text("# nobody\n")
+    came: list[Admission] = []
+    monkeypatch.setattr(Admission, "came", lambda self: came.append(self))
+    with serving(token_file=tmp_path / "tokens") as (_, client), pytest.raises(flight.FlightUnauthenticatedError):
+        list(client.do_action(flight.Action("version", b"")))
+    assert came
 
 
 def test_an_idle_call_gives_its_place_away_and_is_told() -> None:
@@ -353,6 +389,19 @@ def test_ids_and_traces_come_from_the_headers() -> None:
         "DoExchange", {"x-request-id": ["a-1"], "traceparent": [f"00-{trace}-b7ad6b7169203331-01"]}
     )
     assert (call.request_id, call.trace_id, call.sums) == ("a-1", trace, False)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        f"00-{'0' * 32}-b7ad6b7169203331-01",
+        f"00-{'a' * 32}-{'0' * 16}-01",
+        f"ff-{'a' * 32}-b7ad6b7169203331-01",
+        f"00-{'A' * 32}-b7ad6b7169203331-01",
+    ],
+)
+def test_a_trace_that_w3c_calls_invalid_is_none(value: str) -> None:
+    assert Call.from_headers("DoExchange", {"traceparent": [value]}).trace_id is None
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,22 @@ def test_an_idle_stream_is_cut_when_the_grace_period_ends() -> None:
             reader.read_chunk()
 
 
+def test_a_stream_that_gave_its_place_away_is_cut_and_counted_too() -> None:
+    with streaming_server("--grace-s", "1", "--max-calls", "1", "--idle-timeout-s", "0.1") as (server, _):
+        with flight.connect(server.location) as other:
+            eventually(lambda: _answers(other))
+        server.signal(signal.SIGTERM)
+        code, _, log = server.end()
+        assert code == 0
+        assert events(log)[-1]["cut_calls"] == 1
+
+
+def _answers(client: flight.FlightClient) -> bool:
+    with suppress(flight.FlightUnavailableError):
+        return bool(list(client.do_action(flight.Action("version", b""))))
+    return False
+
+
 def test_a_stream_whose_client_does_not_read_is_cut_when_the_grace_period_ends() -> None:
     """The call's thread waits in a write that nothing can wake."""
     large = request({"a": np.ones((1024, 1024), np.float32)})

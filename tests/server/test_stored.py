@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from fq_flight import eventually
-from pyarrow import flight
+from pyarrow import feather, flight
 from safetensors.numpy import load_file, save_file
 
 import flightquant
@@ -164,6 +165,25 @@ def test_what_holds_no_weights_is_no_source(client: flight.FlightClient, root: P
     with pytest.raises(flight.FlightServerError, match="invalid_request: the source holds no weights") as caught:
         client.do_get(flight.Ticket(command(root / "allowed" / "notes"))).read_all()
     assert str(root) not in str(caught.value)
+
+
+def test_a_file_whose_offsets_lead_elsewhere_is_refused_and_the_server_lives(
+    client: flight.FlightClient, root: Path
+) -> None:
+    path = root / "allowed" / "crafted.arrow"
+    weights = pa.array([[0.5] * 300] * 3, pa.list_(pa.float32()))
+    feather.write_feather(
+        pa.table({"layer_name": ["a", "b", "c"], "weights": weights, "shape": [[300]] * 3}),
+        path,
+        compression="uncompressed",
+    )
+    sent, changed = (np.array(values, np.int32).tobytes() for values in ([0, 300, 600], [0, 2**30, 600]))
+    assert path.read_bytes().count(sent) == 1
+    path.write_bytes(path.read_bytes().replace(sent, changed))
+    with pytest.raises(flight.FlightServerError, match="invalid_request: the rows cannot be read") as caught:
+        client.do_get(flight.Ticket(command(path))).read_all()
+    assert str(root) not in str(caught.value)
+    assert client.do_get(flight.Ticket(command(root / "allowed" / "model"))).read_all().num_rows == len(WEIGHTS)
 
 
 def test_leaving_early_ends_the_call(client: flight.FlightClient, server: Server, root: Path) -> None:
