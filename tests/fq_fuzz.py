@@ -22,6 +22,7 @@ from fq_testing import check_row, reference_layer, request, same_bits, stored_as
 from flightquant import reference
 from flightquant.cython_core import engine as engine_module
 from flightquant.cython_core._arrow import ListColumn
+from flightquant.cython_core import _quantize
 from flightquant.cython_core.engine import Engine, Limits
 from flightquant.cython_core.magnitude import AmaxSession
 from flightquant.cython_core.restore import QuantizedSession
@@ -264,8 +265,10 @@ def run(kind: str, count: int, seed: int) -> dict[str, int]:
     engine = Engine(n_threads=2, inline_tiles=INLINE_TILES)
     command = Command.build(scheme="int8", granularity="tensor") if op == "quantize" else Command.build(op=op)
     totals = {"tried": 0, "unreadable": 0, "refused": 0, "answered": 0, "rows_ok": 0, "rows_failed": 0}
+    usual = _quantize.STREAM_FROM
     for number in range(count):
         at[:8] = number.to_bytes(8, "little")
+        _quantize.STREAM_FROM = (usual, 0)[number % 2]  # every second one stores packed bytes as large batches do
         rng = np.random.default_rng([seed, number])
         mutated = stream if number == 0 else mutate(stream, rng)
         totals["tried"] += 1
