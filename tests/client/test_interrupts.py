@@ -82,6 +82,14 @@ def deaf():
     "From now on another thread takes Ctrl-C: nothing wakes the main thread, on which Python handles it."
     threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
     signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.SIGINT, signal.SIGTERM}})
+def tell_asleep():
+    "Say that the main thread waits, once it has been found so twenty times in a row."
+    found = 0
+    while found < 20:
+        with open(f"/proc/self/task/{{os.getpid()}}/stat") as file:
+            found = found + 1 if file.read().rpartition(")")[2].split()[0] == "S" else 0
+        time.sleep(0.01)
+    print("now", flush=True)
 """
 WAITING = """
 import conftest, logging, numpy as np
@@ -140,7 +148,7 @@ def test_ctrl_c_that_another_thread_takes_is_heard(wait: str) -> None:
 
 COMMANDS = {
     "loads": ("print('now', flush=True)\nwhile True: pass", False),
-    "hears nothing": ("interrupts.loaded()\ndeaf()\nprint('now', flush=True)\n"
+    "hears nothing": ("interrupts.loaded()\ndeaf()\nthreading.Thread(target=tell_asleep, daemon=True).start()\n"
                       "lock = threading.Lock()\nlock.acquire()\nlock.acquire()", False),
     "tidies for too long": ("interrupts.loaded()\ntry:\n    print('now', flush=True)\n    time.sleep(1000)\n"
                             "except KeyboardInterrupt:\n    print('tidies', flush=True)\n    time.sleep(1000)", True),
