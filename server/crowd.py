@@ -58,8 +58,13 @@ class Crowd:
 
     def found_room(self) -> None:
         """A call came in."""
-        if self._busy + CALM_S < time.monotonic():
+        now = time.monotonic()
+        if self._busy + CALM_S >= now:
+            return
+        if threads() < FLOOD:
             self.close()
+        else:  # no more come, but those that came are not through
+            self._busy = now
 
     def close(self) -> None:
         """Leave the interval as it was found."""

@@ -312,6 +312,9 @@ def test_a_flood_asks_for_pythons_lock_least_often_until_its_threads_are_gone(mo
             met.came()
             met.found_room()
             assert sys.getswitchinterval() == pytest.approx(crowd.FLOODED_SWITCH_S)
+        now += 2 * crowd.CALM_S
+        met.found_room()
+        assert sys.getswitchinterval() == pytest.approx(crowd.FLOODED_SWITCH_S), "no more come, many are there"
         there = crowd.FLOOD - 1
         now += 2 * crowd.LOOK_S
         met.came()
