@@ -20,9 +20,9 @@ import pyarrow as pa
 from fq_testing import check_row, reference_layer, request, same_bits, stored_as
 
 from flightquant import reference
+from flightquant.cython_core import _quantize
 from flightquant.cython_core import engine as engine_module
 from flightquant.cython_core._arrow import ListColumn
-from flightquant.cython_core import _quantize
 from flightquant.cython_core.engine import Engine, Limits
 from flightquant.cython_core.magnitude import AmaxSession
 from flightquant.cython_core.restore import QuantizedSession
