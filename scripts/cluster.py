@@ -142,12 +142,17 @@ def lost(counts: dict[str, Any]) -> bool:
     return bool(counts["failed"] or counts["wrong"] or not counts["layers"])
 
 
+def replace_pods() -> None:
+    """Start other pods in the place of all."""
+    kubectl("rollout", "restart", "deployment/flightquant")
+    kubectl("rollout", "status", "deployment/flightquant", "--timeout=280s")
+
+
 def rollout(cluster: Cluster) -> bool:
     """A restart of every pod under calls, 1,000 at least."""
     with cluster.client("calls") as counts:
         started = time.monotonic()
-        kubectl("rollout", "restart", "deployment/flightquant")
-        kubectl("rollout", "status", "deployment/flightquant", "--timeout=280s")
+        replace_pods()
         seconds = time.monotonic() - started
         # Old pods still drain; and there have to be a thousand calls.
         wait(all_ready, "the old pods are gone")
@@ -284,15 +289,22 @@ def deafening(pid: int) -> Iterator[None]:
         os.close(network)
 
 
+def fresh_pod() -> dict[str, Any]:
+    """One of which a kubelet, which drops a pod's events beyond 25, still tells why it is started again."""
+    replace_pods()
+    wait(all_ready, "the old pods are gone")
+    return pods()[0]
+
+
 def stopped(cluster: Cluster) -> bool:
     """A server that stands still."""
-    pod = pods()[0]
+    pod = fresh_pod()
     return started_again(cluster, "server stopped by SIGSTOP", pod, stopping(process_of(pod)))
 
 
 def deaf(cluster: Cluster) -> bool:
     """A server whose calls do not come through."""
-    pod = pods()[0]
+    pod = fresh_pod()
     return started_again(cluster, "port that answers nobody", pod, deafening(process_of(pod)))
 
 
@@ -394,8 +406,7 @@ def tls(cluster: Cluster) -> bool:
     cluster.proof, before = [*by_ca, *known], shown()
     with cluster.client("calls") as counts:
         secrets.certificate()
-        kubectl("rollout", "restart", "deployment/flightquant")
-        kubectl("rollout", "status", "deployment/flightquant", "--timeout=280s")
+        replace_pods()
         wait(all_ready, "the old pods are gone")
         time.sleep(3)
     renewed = shown() != before
