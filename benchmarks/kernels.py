@@ -195,7 +195,7 @@ def reductions(threads: Sequence[int], rounds: int, largest: int) -> Figures:
 
 def in_cache(chosen: dict[str, dict[str, Any]], rounds: int) -> dict[str, float]:
     """GB/s of each case on one thread with its weights in cache: what the kernel could do if memory cost nothing."""
-    layer = weights((48, 4096))  # in the second-level cache, large enough that starting up counts little
+    layer = weights((32, 4096))  # in the second-level cache, large enough that starting up counts little
     engine = Engine(1)
     timed: dict[str, Callable[[], float | None]] = {}
     for name, options in chosen.items():

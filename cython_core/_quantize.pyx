@@ -14,7 +14,7 @@ include "tiles.pxi"
 include "layout.pxi"
 
 #: Plans of so many weights or more store packed bytes past the caches, which could not keep them (ADR 6).
-STREAM_FROM = 16 << 20
+STREAM_FROM = 4 << 20
 
 cdef enum:  # steps of a plan
     REDUCE, SEARCH, QUANTIZE, REPACK, NEST, COMPARE

@@ -15,7 +15,7 @@ from flightquant.client.sources.places import Place
 from flightquant.errors import InvalidRequestError
 
 MAX_VALUES = 1 << 21
-"""In a header, with those of its arrays: the largest vocabularies, with their merges, have a quarter of that."""
+"""In a header, with those of its arrays: the largest vocabularies, with their merges, have about a million."""
 _TEXT, _ARRAY = 8, 9
 _BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, _TEXT: 8, 10: 8, 11: 8, 12: 8}
 """Of a value of each of GGUF's types, at least."""

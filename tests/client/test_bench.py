@@ -16,6 +16,8 @@ from flightquant.cython_core.engine import Engine
 from flightquant.schemes import SCHEMES
 from flightquant.spec import Command
 
+INT4 = ("int4", *(f"int4 {which}" for which in ("group 32", "zero points", "gptq", "awq", "onnx", "fbgemm")))
+
 
 def run(*arguments: str) -> str:
     result = CliRunner().invoke(app, list(arguments))
@@ -31,7 +33,7 @@ def test_kernels_are_measured_against_reading(tmp_path: Path) -> None:
     found = json.loads(figures.read_text())
     assert {(row["case"], row["metrics"], row["dtype"]) for row in found["schemes"]} == {
         (case, metrics, dtype)
-        for case in ("int4", "int4 group 32", "int4 zero points", "int4 onnx", "int4 fbgemm", "q8_0")
+        for case in (*INT4, "q8_0")
         for metrics in ("off", "on")
         for dtype in ("float32", "bfloat16")
     }
@@ -69,7 +71,7 @@ def test_the_way_back_is_measured_against_writing(tmp_path: Path) -> None:
     small = ("--scheme", "int4", "--scheme", "q6_k", "--size", "64x1024", "--threads", "1", "--rounds", "1")
     printed = run("kernels", "--op", "dequantize", *small, "--json", str(figures), "--table", str(page))
     found = json.loads(figures.read_text())
-    cases_ = ("int4", "int4 group 32", "int4 zero points", "int4 onnx", "int4 fbgemm", "q6_k")
+    cases_ = (*INT4, "q6_k")
     assert [(row["operation"], row["case"]) for row in found["dequantize"]] == [
         (operation, case) for operation in ("float32", "float16", "verify") for case in cases_
     ]
