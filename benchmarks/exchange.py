@@ -71,18 +71,14 @@ def exchange(client: flight.FlightClient, batch: pa.RecordBatch, count: int, com
         def write() -> None:
             for _ in range(count):
                 writer.write_batch(batch)
-            writer.done_writing()
 
         thread = threading.Thread(target=write)
         thread.start()
-        answered, end = 0, None
-        for chunk in reader:
-            if chunk.data is None:
-                end = json.loads(chunk.app_metadata.to_pybytes())
-            else:
-                answered += chunk.data.num_rows
+        answered = sum(reader.read_chunk().data.num_rows for _ in range(count))
         thread.join()
-    if end is None or answered != count * batch.num_rows:
+        writer.done_writing()  # not beside a read: see flightquant.client.exchange
+        end = json.loads(reader.read_chunk().app_metadata.to_pybytes())
+    if answered != count * batch.num_rows:
         raise RuntimeError(f"{answered} rows answered, {count * batch.num_rows} sent, end message {end}")
 
 

@@ -5,6 +5,12 @@ once some 16 MiB are under way. Here one thread writes while another reads, and 
 of bytes or batches has been sent whose answers the caller has not taken yet. The caller's own thread only waits on a
 queue, so that Ctrl-C and a closed generator end the call at once: to open a stream already takes until the server is
 reached, or is found not to be.
+
+Only the reader's thread ends the writing, between two reads. Arrow guards a stream's end by a lock, but not
+``done_writing``: a read that finds the stream broken ends the writing too, and when both meet, gRPC is asked for one
+operation twice and aborts the process (pyarrow alone does so within a thousand calls, with one thread that reads and
+one that ends the writing, when the server fails at about that time). A reader that waits for nothing but the server's
+failure, because the caller's own iterator gives nothing, is woken by one row that is asked twice.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from queue import Empty, SimpleQueue
-from threading import Condition, Lock, Thread
+from threading import Condition, Thread
 from typing import Any
 
 import pyarrow as pa
@@ -46,6 +52,8 @@ CANCELLED_SECONDS = 1.0
 """How long a call that failed waits for them: a write into a network that is gone ends with the connection."""
 BLOCKED_SECONDS = 0.5
 """How long it waits for a writer that waits for the caller's own iterator, which nothing here can wake."""
+SOON_SECONDS = 0.05
+"""How long the reader waits for something to read before it reads in any case, to hear that the server failed."""
 WAKE_SECONDS = 0.25
 """How long the caller's thread may sleep: Python runs signal handlers there alone, and a signal that another thread
 takes, or that comes just before a wait begins, does not end the wait."""
@@ -130,9 +138,12 @@ class Exchange:
         self._batches = 0
         self._all_sent = False
         self._pulling = False
+        self._writing = False
+        self._reading = False
+        self._twice: Request | None = None
         self._heard = 0.0
         self._write_error: BaseException | None = None
-        self._ending = Lock()
+        self._changed = Condition()
         self._cancelled = False
         self._opened: tuple[flight.FlightStreamWriter, flight.FlightStreamReader] | None = None
         self._threads: list[Thread] = []
@@ -184,11 +195,11 @@ class Exchange:
         thread.start()
         self._threads.append(thread)
 
-    def _open(self, first: Request) -> flight.FlightStreamReader | None:
+    def _open(self, first: Request) -> tuple[flight.FlightStreamWriter, flight.FlightStreamReader] | None:
         """Open the stream and start to write; None if the call is over meanwhile."""
         descriptor = flight.FlightDescriptor.for_command(self._command)
         writer, reader = self._client.do_exchange(descriptor, self._options)
-        with self._ending:
+        with self._changed:
             if self._cancelled:
                 reader.cancel()
                 with contextlib.suppress(*_BROKEN):
@@ -196,7 +207,7 @@ class Exchange:
                 return None
             self._opened = writer, reader
             self._start(partial(self._write, writer, first), "flightquant-writer")
-        return reader
+        return writer, reader
 
     def _write(self, writer: flight.FlightStreamWriter, first: Request) -> None:
         schema = first.batch.schema
@@ -209,57 +220,90 @@ class Exchange:
                     )
                 if not self._window.enter(request.nbytes):
                     return
-                if not self._sent:
-                    self._heard = time.monotonic()
-                self._sent.append(request)
-                self._rows += request.batch.num_rows
-                self._batches += 1
                 if not self._put(writer, request):
                     return
+                last = request
                 self._pulling = True
                 request = next(self._requests, None)
                 self._pulling = False
-            self._heard = time.monotonic()
-            self._all_sent = True
-            self._end_writing(writer)
+            while not self._end_sending():
+                self._twice = self._twice or Request(last.batch.slice(0, 1), 0)
+                if not self._put(writer, self._twice):
+                    return
         except BaseException as error:  # the caller's own iterator: its error is raised in the caller's thread
             self._events.put(error)
 
     def _put(self, writer: flight.FlightStreamWriter, request: Request) -> bool:
         """Write one request; False if the stream is broken or ended: the reader knows why, and tells it better."""
+        if not self._sent:
+            self._heard = time.monotonic()
+        with self._changed:
+            self._writing = True
+            self._sent.append(request)
+        self._rows += request.batch.num_rows
+        self._batches += 1
+        error: BaseException | None = None
         try:
             if self._batches == 1:
                 writer.begin(request.batch.schema)
             writer.write_batch(request.batch)
-        except _BROKEN as error:
+        except _BROKEN as broken:
+            error = broken
+        with self._changed:
+            self._writing = False
             self._write_error = error
-            self._end_writing(writer)
-            return False
-        return True
-
-    def _end_writing(self, writer: flight.FlightStreamWriter) -> None:
-        with self._ending, contextlib.suppress(*_BROKEN):
-            if not self._cancelled:
-                writer.done_writing()
+            self._changed.notify()
+        return error is None
 
     def _cancel(self) -> None:
-        """Cancel the stream, but not while its writing is being ended: Flight aborts the process if both meet."""
-        held = self._ending.acquire(timeout=BLOCKED_SECONDS)
-        self._cancelled = True
+        with self._changed:
+            self._cancelled = True
+            self._changed.notify()
         if self._opened is not None:
             self._opened[1].cancel()
-        if held:
-            self._ending.release()
+
+    def _end_sending(self) -> bool:
+        """Have the reader end the writing; False if it reads while nothing is due, and so cannot."""
+        with self._changed:
+            if self._reading and not self._sent:
+                return False
+            self._heard = time.monotonic()
+            self._all_sent = True
+            self._changed.notify()
+            return True
+
+    def _wait_to_read(self) -> bool:
+        """Wait for something to read, but not for long; True if the writing has to be ended first.
+
+        That is so when at most one more answer is due. While more are, to end the writing could block for ever: behind
+        requests that the server does not read before somebody reads its answers.
+        """
+
+        def over() -> bool:
+            return self._all_sent or self._write_error is not None
+
+        with self._changed:
+            self._changed.wait_for(lambda: self._cancelled or over() or len(self._sent) > self._writing, SOON_SECONDS)
+            self._reading = True
+            return over() and not self._cancelled and len(self._sent) <= 1
 
     def _read(self, first: Request) -> None:
         try:
-            if (reader := self._open(first)) is None:
+            if (opened := self._open(first)) is None:
                 return
+            writer, reader = opened
+            written = False
             while True:
+                if not written and self._wait_to_read():
+                    written = True
+                    with contextlib.suppress(*_BROKEN):  # the next read tells why
+                        writer.done_writing()
                 try:
                     chunk = reader.read_chunk()
                 except StopIteration:
                     break
+                finally:
+                    self._reading = False
                 self._take(chunk)
             self._check_end()
             self._events.put(None)
@@ -295,7 +339,8 @@ class Exchange:
             )
         if not _answers_it(chunk.data, request.batch):
             raise StreamCutError(f"the server answered other layers than {request.names[:3]}")
-        self._events.put(Answer(request, chunk.data, read_sums(chunk.app_metadata, chunk.data.num_rows)))
+        if request is not self._twice:
+            self._events.put(Answer(request, chunk.data, read_sums(chunk.app_metadata, chunk.data.num_rows)))
 
     def _check_end(self) -> None:
         if self.end is None:
