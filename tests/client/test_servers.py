@@ -78,7 +78,8 @@ def test_layers_are_spread_and_come_back_whole_and_in_order(serve: Serve, expect
         assert all(server.faults.received for server in servers)
         parts = batching.cut((320, 64), 2, Command.build(scheme="int8").layer_spec())
         assert len(parts) > 1
-        assert seen == 7 + len(parts) + 1
+        # A lane that waits for the other's answers before it ends may ask a row twice.
+        assert 0 <= seen - (7 + len(parts) + 1) <= len(servers)
 
 
 def test_calls_of_one_message_take_turns(serve: Serve) -> None:
