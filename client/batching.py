@@ -85,6 +85,22 @@ class Request:
         return names
 
 
+def least_row(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The first row, of its weights none where that is a layer too: any that is given as a list, with a shape."""
+    row = batch.slice(0, 1)
+    if not {"weights", "shape"} <= set(row.schema.names) or "quantized_data" in row.schema.names:
+        return row
+    weights, shape = row.column("weights"), row.column("shape")
+    if not (pa.types.is_list(weights.type) or pa.types.is_large_list(weights.type)) or not shape[0].as_py():
+        return row
+    empty = {
+        "weights": pa.array([[]], weights.type),
+        "shape": pa.array([[0, *shape[0].as_py()[1:]]], shape.type),
+    }
+    columns = [empty.get(name, column) for name, column in zip(row.schema.names, row.columns, strict=True)]
+    return pa.RecordBatch.from_arrays(columns, schema=row.schema)
+
+
 def cut(shape: tuple[int, ...], itemsize: int, spec: LayerSpec) -> list[tuple[int, int]]:
     """Ranges of the first axis in which a layer is sent; one range if it fits or cannot be cut.
 

@@ -10,7 +10,7 @@ Only the reader's thread ends the writing, between two reads. Arrow guards a str
 ``done_writing``: a read that finds the stream broken ends the writing too, and when both meet, gRPC is asked for one
 operation twice and aborts the process (pyarrow alone does so within a thousand calls, with one thread that reads and
 one that ends the writing, when the server fails at about that time). A reader that waits for nothing but the server's
-failure, because the caller's own iterator gives nothing, is woken by one row that is asked twice.
+failure, because the caller's own iterator gives nothing, is woken by one row that is asked twice, without its weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.flight as flight
 
-from flightquant.client.batching import Request
+from flightquant.client.batching import Request, least_row
 from flightquant.client.joining import Answer, read_sums
 from flightquant.errors import (
     DeadlineError,
@@ -227,7 +227,7 @@ class Exchange:
                 request = next(self._requests, None)
                 self._pulling = False
             while not self._end_sending():
-                self._twice = self._twice or Request(last.batch.slice(0, 1), 0)
+                self._twice = self._twice or Request(least_row(last.batch), 0)
                 if not self._put(writer, self._twice):
                     return
         except BaseException as error:  # the caller's own iterator: its error is raised in the caller's thread

@@ -70,6 +70,8 @@ def answer_row(batch: pa.RecordBatch, row: int, command: Command, dtype: str) ->
         "bytes_copied": 0,
     }
     known |= {f"{n}": batch.column(n)[row].as_py() for n in names if n.startswith("x_")}
+    if data.size == 0:
+        return known | {"quantized_data": b"", "scales": [], "zero_points": []}, np.zeros(4)
     try:
         layer = reference.quantize(data.reshape(rows, cols), spec, dtype, amax, measure=command.metrics)
     except LayerError as error:

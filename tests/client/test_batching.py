@@ -10,14 +10,27 @@ import ml_dtypes
 import numpy as np
 import pyarrow as pa
 import pytest
+from fq_testing import request as fq_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flightquant.client import batching
-from flightquant.client.batching import MAX_BYTES, MAX_ROWS, MIN_BYTES, Request, cut, magnitude, pack, reslice
+from flightquant.client.batching import (
+    MAX_BYTES,
+    MAX_ROWS,
+    MIN_BYTES,
+    Request,
+    cut,
+    least_row,
+    magnitude,
+    pack,
+    reslice,
+)
+from flightquant.cython_core.engine import Engine
 from flightquant.errors import InvalidRequestError, TooLargeError
 from flightquant.layers import Layer, as_layer, layers_batch
 from flightquant.reference.quality import bounds, strips
+from flightquant.schemes import SCHEMES
 from flightquant.spec import Command
 
 INT4 = Command.build(scheme="int4")
@@ -336,3 +349,23 @@ class TestReslice:
         batch = layers_batch([as_layer("a", np.ones(4, np.float32))]).append_column("extra", pa.array([1]))
         with pytest.raises(InvalidRequestError, match='unknown column "extra"'):
             list(reslice([batch], INT4))
+
+
+@pytest.mark.parametrize("kind", ["list", "large_list", "fixed_size_list"])
+def test_the_least_row_is_a_layer_without_weights(kind: str) -> None:
+    batch = fq_request({name: np.ones((4, 128), np.float32) for name in "vw"}, "float32", kind=kind)
+    row = least_row(batch)
+    assert row.schema == batch.schema
+    assert row.column("layer_name").to_pylist() == ["v"]
+    assert row.column("shape").to_pylist() == [[4 if kind == "fixed_size_list" else 0, 128]]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_answers_the_least_row(scheme: str) -> None:
+    row = least_row(layers_batch([as_layer("w", np.ones((64, 256), np.float32))]))
+    options = [{"packing": packing} for packing in SCHEMES[scheme].packings]
+    options += [{"granularity": granularity} for granularity in SCHEMES[scheme].granularities]
+    for given_ in options:
+        command = Command.build(scheme=scheme, on_error="abort", **given_)
+        answer = Engine(1).session(row.schema, command).quantize(row).batch
+        assert answer.column("status").to_pylist() == ["ok"]
