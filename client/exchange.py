@@ -15,6 +15,7 @@ failure, because the caller's own iterator gives nothing, is woken by one row th
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import re
 import time
@@ -155,6 +156,7 @@ class Exchange:
             return
         self._heard = time.monotonic()
         ended = False
+        _live.add(self)
         try:
             self._start(partial(self._read, first), "flightquant-reader")
             while (event := self._next_event()) is not None:
@@ -169,16 +171,30 @@ class Exchange:
                 self._cancel()
             blocked = self._pulling or self._opened is None
             patience_s = JOIN_SECONDS if ended else BLOCKED_SECONDS if blocked else CANCELLED_SECONDS
-            until = time.monotonic() + patience_s
-            for thread in self._threads:
-                thread.join(max(0.0, until - time.monotonic()))
+            self._join(time.monotonic() + patience_s)
             if self._opened is not None and not any(thread.is_alive() for thread in self._threads):
                 with contextlib.suppress(*_BROKEN):
                     self._opened[0].close()
+            _live.discard(self)
 
     def cancel(self, error: BaseException) -> None:
         """End the call from another thread: ``error`` is raised where it is iterated over."""
         self._events.put(error)
+
+    @staticmethod
+    def end_all() -> None:
+        """End the calls that the interpreter's end finds: a thread that Flight gives back later aborts the process."""
+        calls = list(_live)
+        for call in calls:
+            call._window.close()
+            call._cancel()
+        until = time.monotonic() + BLOCKED_SECONDS
+        for call in calls:
+            call._join(until)
+
+    def _join(self, until: float) -> None:
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
     def _next_event(self) -> Answer | BaseException | None:
         while True:
@@ -352,6 +368,10 @@ class Exchange:
                 got=self.end.rows,
                 expected=self._rows,
             ) from self._write_error
+
+
+_live: set[Exchange] = set()
+atexit.register(Exchange.end_all)
 
 
 def _answers_it(answer: pa.RecordBatch, request: pa.RecordBatch) -> bool:

@@ -25,7 +25,7 @@ kind, seed = sys.argv[1], int(sys.argv[2])
 rng = random.Random(seed)
 class Server(flight.FlightServerBase):
     def do_exchange(self, context, descriptor, reader, writer):
-        if kind == "stalls":
+        if kind in ("stalls", "exits"):
             time.sleep(0.3)
         if kind in ("reads, then fails", "halted", "killed"):
             for _ in range(rng.randrange(5)):
@@ -63,7 +63,20 @@ for thread in threads: thread.start()
 for thread in threads: thread.join()
 print(json.dumps(ends))
 """
-SITUATIONS = ("fails", "closes", "reads, then fails", "stalls", "halted", "killed")
+EXITS = """
+import sys, threading, time
+import numpy as np
+from flightquant.client import QuantClient, Retry
+weights = {f"{i}": np.ones((64, 1024), np.float32) for i in range(4)}
+def run():
+    QuantClient(sys.argv[1], retry=Retry(patience_s=0)).quantize(weights, "int8")
+threading.excepthook = lambda failed: None
+for _ in range(12): threading.Thread(target=run, daemon=True).start()
+time.sleep(float(sys.argv[2]))
+print("{}")
+"""
+"""A program that ends while its calls do."""
+SITUATIONS = ("fails", "closes", "reads, then fails", "stalls", "halted", "killed", "exits")
 GIVEN_UP_S = 120.0
 
 
@@ -111,7 +124,11 @@ def one(situation: str, seed: int) -> tuple[int | None, str]:
     latest_s = 2.0 if situation in SITUATIONS[:3] else 0.2
     with ExitStack() as held:
         process, port = held.enter_context(server(situation, seed))
-        called = client(port, seed, 10 if latest_s > 1 else 3, latest_s)
+        if situation == "exits":
+            words = [sys.executable, "-c", EXITS, f"grpc://127.0.0.1:{port}", str(rng.uniform(0.27, 0.36))]
+            called = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        else:
+            called = client(port, seed, 10 if latest_s > 1 else 3, latest_s)
         held.callback(called.kill)
         if situation == "halted":
             halt_now_and_then(process, called, rng)

@@ -14,7 +14,7 @@ import pytest
 
 from flightquant.client.batching import Request, pack
 from flightquant.client.exchange import SOON_SECONDS, Exchange, Window
-from flightquant.errors import InternalError
+from flightquant.errors import FlightquantError, InternalError
 from flightquant.layers import named_layers
 from flightquant.spec import Command
 
@@ -105,3 +105,23 @@ def test_a_process_lives_through_servers_that_fail_at_bad_times(situation: str) 
     with fq_aborts.server(situation, 1) as (_, port):
         code, told = fq_aborts.ended(fq_aborts.client(port, 1, 10, 2.0))
     assert code == 0, told
+
+
+def test_the_end_of_the_interpreter_ends_calls(serve: Any, faults: Any) -> None:
+    server = serve(faults(hang_after=0))
+    call = Exchange(flight.connect(server.uri), COMMAND.to_json(), OPTIONS, requests(1), Window(1 << 20, 4))
+    ended: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            list(call)
+        except FlightquantError as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    while not server.faults.seen:
+        time.sleep(0.01)
+    Exchange.end_all()
+    thread.join(20)
+    assert ended, "the call goes on"
