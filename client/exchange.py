@@ -25,6 +25,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Condition, Thread
 from typing import Any
+from weakref import WeakSet
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -156,7 +157,7 @@ class Exchange:
             return
         self._heard = time.monotonic()
         ended = False
-        _live.add(self)
+        live.add(self)
         try:
             self._start(partial(self._read, first), "flightquant-reader")
             while (event := self._next_event()) is not None:
@@ -172,10 +173,11 @@ class Exchange:
             blocked = self._pulling or self._opened is None
             patience_s = JOIN_SECONDS if ended else BLOCKED_SECONDS if blocked else CANCELLED_SECONDS
             self._join(time.monotonic() + patience_s)
-            if self._opened is not None and not any(thread.is_alive() for thread in self._threads):
-                with contextlib.suppress(*_BROKEN):
-                    self._opened[0].close()
-            _live.discard(self)
+            if not any(thread.is_alive() for thread in self._threads):
+                live.discard(self)
+                if self._opened is not None:
+                    with contextlib.suppress(*_BROKEN):
+                        self._opened[0].close()
 
     def cancel(self, error: BaseException) -> None:
         """End the call from another thread: ``error`` is raised where it is iterated over."""
@@ -184,7 +186,7 @@ class Exchange:
     @staticmethod
     def end_all() -> None:
         """End the calls that the interpreter's end finds: a thread that Flight gives back later aborts the process."""
-        calls = list(_live)
+        calls = list(live)
         for call in calls:
             call._window.close()
             call._cancel()
@@ -370,7 +372,8 @@ class Exchange:
             ) from self._write_error
 
 
-_live: set[Exchange] = set()
+live: WeakSet[Exchange] = WeakSet()
+"""Calls with threads: these hold a call that was left before they ended."""
 atexit.register(Exchange.end_all)
 
 

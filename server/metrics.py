@@ -5,7 +5,6 @@ All label sets exist from the start, so that ``rate()`` sees the first increment
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -27,6 +26,7 @@ from flightquant.server.admission import Admission
 from flightquant.server.auth import ACTION_ROLES
 from flightquant.server.calls import UNKNOWN, Call
 from flightquant.server.collectors import Latency, Totals
+from flightquant.server.crowd import threads
 from flightquant.server.memory import memory_limit
 from flightquant.spec import OPERATIONS
 
@@ -149,7 +149,7 @@ class Metrics:
         gauge("output_store_bytes", "Bytes kept for later answers", bytes_kept)
         gauge("memory_limit_bytes", "Memory that the process may use", memory_limit)
         gauge("compute_threads", "Threads that compute", lambda: compute_threads)
-        gauge("process_threads", "Threads of the process", lambda: len(os.listdir("/proc/self/task")))
+        gauge("process_threads", "Threads of the process", threads)
         gauge("engine_batches", "Batches in the engine, computing or waiting for it", lambda: admission.computing)
 
     def observe_stages(self, stages: Mapping[str, float], trace_id: str | None) -> None:

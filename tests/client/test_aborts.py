@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.flight as flight
 import pytest
 
+from flightquant.client import exchange
 from flightquant.client.batching import Request, pack
 from flightquant.client.exchange import SOON_SECONDS, Exchange, Window
 from flightquant.errors import FlightquantError, InternalError
@@ -62,8 +63,8 @@ class Watched:
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_the_writing_is_ended_between_two_reads(serve: Any, count: int, pause_s: float) -> None:
     client: Any = Watched(serve().uri)
-    exchange = Exchange(client, COMMAND.to_json(), OPTIONS, requests(count, pause_s), Window(1 << 20, 4))
-    assert sum(answer.batch.num_rows for answer in exchange) == count
+    call = Exchange(client, COMMAND.to_json(), OPTIONS, requests(count, pause_s), Window(1 << 20, 4))
+    assert sum(answer.batch.num_rows for answer in call) == count
     assert client.ended == ["alone"]
     client.client.close()
 
@@ -125,3 +126,18 @@ def test_the_end_of_the_interpreter_ends_calls(serve: Any, faults: Any) -> None:
     Exchange.end_all()
     thread.join(20)
     assert ended, "the call goes on"
+
+
+def test_a_call_left_before_its_threads_end_is_known_at_the_end(serve: Any, faults: Any) -> None:
+    released = threading.Event()
+
+    def blocked() -> Iterator[Request]:
+        yield from requests(1)
+        released.wait(60)
+
+    client = flight.connect(serve(faults(fail_after=(1, flight.FlightServerError("internal: no")))).uri)
+    call = Exchange(client, COMMAND.to_json(), OPTIONS, blocked(), Window(1 << 20, 4))
+    with pytest.raises(InternalError):
+        list(call)
+    assert call in exchange.live
+    released.set()
